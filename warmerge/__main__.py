@@ -1,0 +1,5 @@
+"""`python -m warmerge`."""
+
+from warmerge.cli import main
+
+main()

@@ -1,0 +1,112 @@
+"""Every exception that warmerge raises on purpose, and what it says.
+
+WarmergeError            exit code 1   something could not be done
+├── UsageError           exit code 2   an argument that cannot be used
+├── RefusedError         exit code 3   a checkpoint that must not be merged; carries every finding
+├── RemoteError          exit code 1   the Hub did not give what was asked for
+└── InterruptedMerge     exit code 130 stopped by the user; says how to resume
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason to refuse, or to warn: where it was found, and one sentence about it.
+
+    `where` is a member or a file as the user would name it; `tensor` is a tensor's name or None.
+    Names come from files that anybody may have written, so they are shown with `quoted`.
+
+    >>> print(Finding("runs/1", "is NaN at element 3", tensor="score.weight"))
+    runs/1: tensor 'score.weight' is NaN at element 3
+    """
+
+    where: str
+    what: str
+    tensor: str | None = None
+
+    def __str__(self) -> str:
+        place = plain(self.where)
+        if self.tensor is None:
+            return f"{place}: {self.what}"
+        return f"{place}: tensor {quoted(self.tensor)} {self.what}"
+
+
+class WarmergeError(Exception):
+    """The root of the tree: `except warmerge.WarmergeError` catches all that warmerge raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(WarmergeError):
+    """An argument, or a combination of arguments, that cannot be used."""
+
+    exit_code = 2
+
+
+class RefusedError(WarmergeError):
+    """A checkpoint that must not be merged. `findings` holds every reason, not only the first.
+
+    >>> str(RefusedError([Finding("a", "is empty"), Finding("b", "is empty")])).splitlines()[0]
+    'refused, 2 findings:'
+    """
+
+    exit_code = 3
+
+    def __init__(self, findings: Iterable[Finding]) -> None:
+        self.findings: tuple[Finding, ...] = tuple(dict.fromkeys(findings))
+        assert self.findings, "a refusal names its reasons"
+        super().__init__(_listed(self.findings))
+
+
+class RemoteError(WarmergeError):
+    """The Hub could not be reached, or did not give what was asked for."""
+
+
+class InterruptedMerge(WarmergeError):  # noqa: N818 - not a fault
+    """The user stopped a merge; what was finished is kept for `--resume`."""
+
+    exit_code = 130
+
+
+def quoted(name: str) -> str:
+    r"""`name` in quotes with control characters escaped, so that a file cannot write to the terminal.
+
+    >>> quoted("a\x1b[31m")
+    "'a\\x1b[31m'"
+    """
+    return repr(name)
+
+
+def plain(text: str) -> str:
+    r"""`text` without quotes when it is printable, else as `quoted` shows it.
+
+    >>> plain("runs/1"), plain("a\x00")
+    ('runs/1', "'a\\x00'")
+    """
+    return text if text.isprintable() else repr(text)
+
+
+def some(names: Iterable[str], shown: int = 5) -> str:
+    """The first few of `names`, sorted and quoted, and how many more there are.
+
+    >>> some(["b", "a", "c"], shown=2)
+    "'a', 'b' and 1 more"
+    """
+    ordered = sorted(names)
+    text = ", ".join(quoted(name) for name in ordered[:shown])
+    return text if len(ordered) <= shown else f"{text} and {len(ordered) - shown} more"
+
+
+def _listed(findings: Sequence[Finding]) -> str:
+    if len(findings) == 1:
+        return f"refused: {findings[0]}"
+    lines = [f"refused, {len(findings)} findings:", *(f"  - {finding}" for finding in findings[:_SHOWN])]
+    if len(findings) > _SHOWN:
+        lines.append(f"  ... and {len(findings) - _SHOWN} more")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""One command each; they do not import each other."""

@@ -1,0 +1,337 @@
+"""`warmerge average`: check, plan, stream, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from warmerge.errors import Finding, RefusedError, UsageError
+from warmerge.report import model_card
+from warmerge.rewards.config import effective_config
+from warmerge.version import versions
+from warmerge.weights import compat
+from warmerge.weights.average import choose_device, default_threads, merge_into, plan_fingerprint, write_merge
+from warmerge.weights.checkpoint import Checkpoint
+from warmerge.weights.folder import LocalFolder, read_bytes
+from warmerge.weights.locate import make_local, open_checkpoint
+from warmerge.weights.output import check_out
+from warmerge.weights.plan import (
+    DTYPE_NAMES,
+    DTYPES,
+    MergePlan,
+    Selection,
+    parse_size,
+    plan_merge,
+    refuse_missing_base_tensors,
+)
+from warmerge.weights.remote import revision_of
+from warmerge.weights.rules import RULES, Options, check_options
+from warmerge.weights.safetensors_format import AVERAGED
+from warmerge.weights.samples import doubts, read_sample, same_contents
+from warmerge.weights.stream import Engine
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Spec = str | Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that was checked and planned; no weight has been summed. `warnings` are reasons for doubt."""
+
+    plan: MergePlan
+    warnings: tuple[Finding, ...]
+    fingerprints: tuple[str, ...]
+    tokenizer: Checkpoint
+    source: Checkpoint
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: where it is, its manifest (also in warmerge.json), and the reasons for doubt."""
+
+    out: Path
+    manifest: Mapping[str, Any]
+    warnings: tuple[Finding, ...]
+
+
+def prepare(
+    checkpoints: Sequence[Spec],
+    *,
+    rule: str = "uniform",
+    weights: Sequence[float] | None = None,
+    normalize: bool = False,
+    lam: float | None = None,
+    eta: float | None = None,
+    base: Spec | None = None,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rest_from: int | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    any_model: bool = False,
+    allow_duplicates: bool = False,
+    tokenizer_from: int | None = None,
+) -> Prepared:
+    """Opens, checks and plans; reads headers, small files and 4 KiB of each tensor. Arguments as for `average`.
+
+    Raises:
+        UsageError: an argument that cannot be used.
+        RefusedError: the checkpoints must not be merged; with every finding.
+    """
+    if not checkpoints:
+        raise UsageError("no checkpoint given")
+    if rule not in RULES:
+        raise UsageError(f"--rule: expected one of {', '.join(RULES)}, found {rule!r}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"--dtype: expected auto, {', '.join(DTYPES)}, found {dtype!r}")
+    chosen, options = RULES[rule], Options(None if weights is None else tuple(weights), normalize, lam, eta)
+    check_options(chosen, options, len(checkpoints), base is not None)
+    selection = Selection(tuple(only), tuple(exclude), _position("--rest-from", rest_from, len(checkpoints)))
+    tokenizer = _position("--tokenizer-from", tokenizer_from, len(checkpoints))
+    shard_bytes = parse_size(max_shard_size)
+
+    members, base_checkpoint = _open_all(checkpoints, base)
+    refusals, warnings = compat.check(
+        members,
+        base=base_checkpoint,
+        selection=selection,
+        dtype=dtype,
+        any_model=any_model,
+        allow_duplicates=allow_duplicates,
+        tokenizer_from=tokenizer,
+        effective_config=effective_config,
+    )
+    if refusals:
+        raise RefusedError(refusals)
+    if base is not None and not chosen.needs_base and not any("adapter" in member.details for member in members):
+        raise UsageError(f"--base is not used: --rule {rule} does not need it, and no checkpoint is a LoRA adapter")
+    if chosen.needs_base:
+        assert base_checkpoint is not None
+        refuse_missing_base_tensors(members, base_checkpoint, selection)
+    used = [*members, *([base_checkpoint] if chosen.needs_base and base_checkpoint is not None else [])]
+    local = make_local(used)
+    members, base_checkpoint = local[: len(members)], local[len(members)] if chosen.needs_base else None
+    samples = [read_sample(checkpoint) for checkpoint in local]
+    same = [] if allow_duplicates else same_contents(members, samples[: len(members)])
+    if same:
+        raise RefusedError(same)
+    warnings += doubts(members, samples[: len(members)])
+    plan = plan_merge(
+        members, chosen, options, base=base_checkpoint, selection=selection, dtype=dtype, max_shard_bytes=shard_bytes
+    )
+    source = members[selection.rest_from or 0]
+    return Prepared(
+        plan,
+        tuple(warnings),
+        tuple(sample.fingerprint for sample in samples),
+        source if tokenizer is None else members[tokenizer],
+        source,
+    )
+
+
+def average(
+    checkpoints: Sequence[Spec],
+    out: Spec,
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    command: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+    on_plan: Callable[[Prepared], None] | None = None,
+    **choices: Any,
+) -> Merged:
+    """Merges checkpoints into the folder `out`, and returns where it is and how it was made.
+
+    Args:
+        checkpoints: two or more: folders, .safetensors files, Hub ids (`org/name@revision`), LoRA adapter folders.
+        out: a new folder. It appears all at once, when everything in it is on the disk.
+        rule: uniform (default), weighted, lambda, slerp, liti or stock: `warmerge rules` lists them.
+        weights: for weighted, one number for each checkpoint, with sum 1 (or any sum with `normalize`).
+        lam: for lambda and slerp: 0 is the first checkpoint, 1 the second.
+        eta: for liti: 0 is the base, 1 the average.
+        base: what the members started from; for LoRA adapters, the model that they adapt.
+        only, exclude: globs of tensor names to merge or not; the rest is copied from checkpoint number `rest_from`.
+        dtype: auto (each tensor's own), float32, bfloat16 or float16.
+        max_shard_size: largest shard, such as "5GB".
+        any_model: also merge models without a reward head.
+        allow_duplicates: also count one checkpoint twice.
+        tokenizer_from: number (from 1) of the checkpoint whose tokenizer to take although they differ.
+        threads, device: how to compute; results do not depend on them (CUDA: within one rounding).
+        overwrite: replace `out` if an earlier merge wrote it.
+        resume: continue an interrupted merge into `out`.
+        command: for the record in warmerge.json.
+        progress: called with the number of input bytes of each finished tile, from any thread.
+        on_plan: called once before the first weight is read, with what will be done.
+
+    Raises:
+        UsageError, RefusedError, RemoteError, InterruptedMerge, WarmergeError: see warmerge.errors.
+
+    Example:
+        >>> import warmerge
+        >>> warmerge.average(["runs/1", "runs/2"], "warm").manifest["rule"]["name"]  # doctest: +SKIP
+        'uniform'
+    """
+    target = Path(out)
+    inputs = [Path(spec) for spec in (*checkpoints, *([] if choices.get("base") is None else [choices["base"]]))]
+    existing = [path.parent if path.is_file() else path for path in inputs if path.exists()]
+    check_out(target, existing, overwrite)
+    torch_device = choose_device(device)
+    prepared = prepare(checkpoints, **choices)
+    if on_plan is not None:
+        on_plan(prepared)
+    engine = _engine(threads, torch_device, progress)
+    manifest = _manifest(prepared, command)
+    manifest = write_merge(
+        prepared.plan,
+        target,
+        engine,
+        _small_files(prepared, manifest),
+        manifest,
+        fingerprint=plan_fingerprint(prepared.plan, prepared.fingerprints),
+        resume=resume,
+    )
+    return Merged(target, manifest, prepared.warnings)
+
+
+def average_into(
+    module: nn.Module,
+    checkpoints: Sequence[Spec],
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    **choices: Any,
+) -> tuple[Finding, ...]:
+    """Streams the merge of checkpoints into a live module's parameters and buffers; writes no file.
+
+    Args:
+        module: with the checkpoints' tensor names and shapes, in any floating dtype, on any device.
+        checkpoints, choices: as for `average`.
+
+    Returns:
+        The reasons for doubt, as `average` would warn of them.
+
+    Raises:
+        RefusedError: the checkpoints must not be merged, or they and the module have different tensors.
+    """
+    prepared = prepare(checkpoints, **choices)
+    merge_into(prepared.plan, module.state_dict(), _engine(threads, choose_device(device), None))
+    return prepared.warnings
+
+
+def _engine(threads: int | None, device: torch.device, progress: Callable[[int], None] | None) -> Engine:
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads: expected 1 or more, found {threads}")
+    return Engine(threads or default_threads(), device, progress=progress or (lambda nbytes: None))
+
+
+def _open_all(checkpoints: Sequence[Spec], base: Spec | None) -> tuple[list[Checkpoint], Checkpoint | None]:
+    """Opens everything before refusing anything: the user learns of all damaged files at once."""
+    opened: list[Checkpoint] = []
+    findings: list[Finding] = []
+    base_checkpoint = None
+    for spec in checkpoints:
+        try:
+            opened.append(open_checkpoint(spec, base))
+        except RefusedError as error:
+            findings += error.findings
+    if base is not None:
+        try:
+            base_checkpoint = open_checkpoint(base)
+        except RefusedError as error:
+            findings += error.findings
+    if findings:
+        raise RefusedError(findings)
+    return opened, base_checkpoint
+
+
+def _position(flag: str, number: int | None, count: int) -> int | None:
+    if number is None:
+        return None
+    if not 1 <= number <= count:
+        raise UsageError(f"{flag}: expected a checkpoint's number from 1 to {count}, found {number}")
+    return number - 1
+
+
+def _manifest(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
+    plan = prepared.plan
+    roles = [*(("member", member) for member in plan.members), *([] if plan.base is None else [("base", plan.base)])]
+    inputs = [
+        {
+            "role": role,
+            "checkpoint": checkpoint.label,
+            **revision_of(checkpoint.folder),
+            **checkpoint.details,
+            "fingerprint": fingerprint,
+            "bytes": checkpoint.nbytes,
+        }
+        for (role, checkpoint), fingerprint in zip(roles, prepared.fingerprints, strict=True)
+    ]
+    options = {key: value for key, value in vars(plan.options).items() if value not in (None, False)}
+    return {
+        "command": list(command),
+        "warmerge": versions()["warmerge"],
+        "versions": versions(),
+        "rule": {"name": plan.rule.name, "formula": plan.rule.formula, "source": plan.rule.source, **options},
+        "inputs": inputs,
+        "copied_tensors": [tensor.name for tensor in plan.tensors if not tensor.merged],
+        "dtype": _main_dtype(plan),
+        "parameters": sum(tensor.numel for tensor in plan.tensors),
+        "bytes": plan.output_bytes,
+        "warnings": [str(warning) for warning in prepared.warnings],
+    }
+
+
+def _small_files(prepared: Prepared, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """Config, tokenizer, code and model card of the output: copied to the byte where they need not change."""
+    source = prepared.source
+    found = {name: compat.small_file(source, name) for name in compat.OTHER_FILES if name != "config.json"}
+    files = {name: data for name, data in found.items() if data is not None}
+    if source.config is not None:
+        files["config.json"] = _config_json(source, str(manifest["dtype"]))
+        if source.config.get("auto_map"):
+            files |= compat.code_files(source)
+    tokenizer = compat.tokenizer_folder(prepared.tokenizer)
+    files |= {name: read_bytes(tokenizer, name) for name in compat.TOKENIZER_FILES if name in tokenizer.sizes()}
+    architecture = str(((source.config or {}).get("architectures") or [""])[0])
+    return files | {"README.md": model_card(manifest, architecture).encode()}
+
+
+def _main_dtype(plan: MergePlan) -> str | None:
+    """The dtype of most of the output's floating values, as transformers names it."""
+    counts: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.dtype in AVERAGED:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+    return DTYPE_NAMES[max(counts, key=lambda dtype: counts[dtype])] if counts else None
+
+
+def _config_json(source: Checkpoint, dtype: str) -> bytes:
+    """The source's config.json to the byte, unless its dtype would contradict the weights."""
+    assert source.config is not None
+    config = json.loads(json.dumps(source.config))
+
+    def state(part: dict[str, Any]) -> None:
+        for key in ("dtype", "torch_dtype"):
+            if key in part and part[key] in DTYPE_NAMES.values():
+                part[key] = dtype
+        for value in part.values():
+            if isinstance(value, dict):
+                state(value)
+
+    state(config)
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = dtype
+    if isinstance(source.folder, LocalFolder) and "config.json" in source.folder.sizes():
+        original = read_bytes(source.folder, "config.json")
+        if json.loads(original) == config:
+            return original
+    return (json.dumps(config, indent=2) + "\n").encode()

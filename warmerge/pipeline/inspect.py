@@ -1,0 +1,173 @@
+"""`warmerge inspect`: may these checkpoints be merged, and how far apart are they?"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from warmerge.errors import Finding, RefusedError, UsageError
+from warmerge.weights import compat
+from warmerge.weights.checkpoint import Checkpoint, LowRank
+from warmerge.weights.folder import read_bytes
+from warmerge.weights.locate import make_local, open_checkpoint
+
+if TYPE_CHECKING:
+    from warmerge.weights.distances import Distances
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the headers and small files of one checkpoint say. `tokenizer` is a short digest, equal for equal files."""
+
+    checkpoint: str
+    architecture: str
+    head: str
+    parameters: int
+    dtype: str
+    files: int
+    bytes: int
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`findings` are what `average` would refuse, `warnings` what it would warn of; `distances` on request."""
+
+    rows: tuple[Row, ...]
+    findings: tuple[Finding, ...]
+    warnings: tuple[Finding, ...]
+    distances: tuple[Distances, ...] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; NaN, which JSON does not have, becomes null."""
+        content = {
+            "checkpoints": [asdict(row) for row in self.rows],
+            "findings": [asdict(finding) for finding in self.findings],
+            "warnings": [asdict(warning) for warning in self.warnings],
+            "distances": None if self.distances is None else [asdict(entry) for entry in self.distances],
+        }
+        cleaned: dict[str, Any] = _without_nan(content)
+        return cleaned
+
+
+def inspect(
+    checkpoints: Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    distances: bool = False,
+    any_model: bool = False,
+    threads: int | None = None,
+    figure: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Inspection:
+    """Describes checkpoints and says whether `average` would merge them. Reads headers only, also over the Hub.
+
+    Args:
+        checkpoints: as for `average`; one alone is described.
+        base: what the members started from; LoRA adapters need it if they do not name theirs.
+        distances: also stream every weight, for norms, distances and angles.
+        figure: a PNG of the angles between task vectors (with `base`), or of the distances between members.
+        progress: called with the number of bytes of each finished tile; `on_bytes` once with their sum.
+
+    Raises:
+        UsageError: a name that is nothing, or a figure without `distances`.
+        RefusedError: `distances` of checkpoints that do not have the same tensors.
+    """
+    if figure is not None and not distances:
+        raise UsageError("--figure draws distances; add --distances")
+    opened: list[Checkpoint] = []
+    findings: list[Finding] = []
+    for spec in checkpoints:
+        try:
+            opened.append(open_checkpoint(spec, base))
+        except RefusedError as error:
+            findings += error.findings
+    rows = tuple(_row(checkpoint) for checkpoint in opened)
+    warnings: list[Finding] = []
+    if len(opened) > 1:
+        from warmerge.rewards.config import effective_config
+
+        refusals, warnings = compat.check(opened, any_model=any_model, effective_config=effective_config)
+        findings += refusals
+    elif len(opened) == 1 == len(checkpoints):
+        refusals, _ = compat.check([opened[0]] * 2, any_model=any_model, allow_duplicates=True)
+        findings += refusals
+    if not distances:
+        return Inspection(rows, tuple(findings), tuple(warnings))
+    if findings:
+        raise RefusedError(findings)
+    if len(opened) < 2:
+        raise UsageError("--distances takes two checkpoints or more")
+    measured = _distances(opened, base, threads, progress, on_bytes)
+    if figure is not None:
+        _draw(measured[0], [Path(row.checkpoint).name for row in rows], figure)
+    return Inspection(rows, tuple(findings), tuple(warnings), tuple(measured))
+
+
+def _distances(
+    opened: Sequence[Checkpoint],
+    base: str | Path | None,
+    threads: int | None,
+    progress: Callable[[int], None] | None,
+    on_bytes: Callable[[int], None] | None,
+) -> list[Distances]:
+    from warmerge.weights.average import default_threads
+    from warmerge.weights.distances import measure_distances
+
+    local = make_local([*opened, *([] if base is None else [open_checkpoint(base)])])
+    members, base_checkpoint = local[: len(opened)], local[len(opened)] if base is not None else None
+    if on_bytes is not None:
+        on_bytes(sum(checkpoint.nbytes for checkpoint in local))
+    return measure_distances(members, base_checkpoint, threads or default_threads(), progress)
+
+
+def _row(checkpoint: Checkpoint) -> Row:
+    config = checkpoint.config or {}
+    dtypes = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] += tensor.numel
+    adapted = any(isinstance(tensor, LowRank) for tensor in checkpoint.tensors.values())
+    architecture = str((config.get("architectures") or ["no config.json"])[0])
+    return Row(
+        checkpoint.label,
+        architecture + (" + LoRA" if adapted else ""),
+        compat.head_shape(checkpoint),
+        checkpoint.parameters,
+        "+".join(dtype for dtype, _ in dtypes.most_common()),
+        len(checkpoint.weight_files),
+        checkpoint.nbytes,
+        _tokenizer_digest(checkpoint),
+    )
+
+
+def _tokenizer_digest(checkpoint: Checkpoint) -> str:
+    folder = compat.tokenizer_folder(checkpoint)
+    digest, found = hashlib.sha256(), False
+    for name in compat.TOKENIZER_FILES:
+        if name in folder.sizes():
+            found = True
+            digest.update(name.encode() + read_bytes(folder, name))
+    return digest.hexdigest()[:8] if found else "none"
+
+
+def _draw(whole: Distances, labels: Sequence[str], path: Path) -> None:
+    from warmerge.report import heat_map
+
+    if whole.cosines is not None:
+        heat_map(whole.cosines, labels, "Angles between task vectors", "cosine", path, limits=(-1, 1))
+    else:
+        heat_map(whole.relative, labels, "Distance between members, relative to their norm", "|a - b| / |a|", path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

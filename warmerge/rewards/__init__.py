@@ -1,0 +1,1 @@
+"""Text to score. The only floor that knows transformers."""

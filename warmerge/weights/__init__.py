@@ -1,0 +1,1 @@
+"""Tensors on disk. This floor never imports transformers and never sees text."""

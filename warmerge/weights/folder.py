@@ -1,0 +1,128 @@
+"""Where a checkpoint's bytes come from. A folder here; the Hub's counterpart is in remote.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from warmerge.errors import Finding, RefusedError, UsageError, quoted
+
+
+class Folder(Protocol):
+    """A flat set of files that can be read at any position."""
+
+    @property
+    def label(self) -> str:
+        """The name that the user knows it by."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for two folders only when they are the same checkpoint."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """File name -> size in bytes."""
+
+    def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
+        """Fills the whole buffer; RefusedError when the file is shorter or changed since it was first seen."""
+
+
+def read_bytes(folder: Folder, file: str, offset: int = 0, length: int | None = None) -> bytes:
+    """Bytes of a file: `length` of them from `offset`, or all that follow it."""
+    buffer = bytearray(folder.sizes()[file] - offset if length is None else length)
+    folder.readinto(file, offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What must stay the same in a file while it is being merged."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on this machine's file system, as it was when it was opened."""
+
+    label: str
+    path: Path
+    states: Mapping[str, FileState]
+
+    @property
+    def identity(self) -> str:
+        return str(self.path)
+
+    def sizes(self) -> Mapping[str, int]:
+        return {name: state.size for name, state in self.states.items()}
+
+    def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from `file`, by positional reads: no mmap, so a truncated file is an error, not a signal.
+
+        The file is opened anew each time (some 5 us): a checkpoint of any number of shards costs no open
+        descriptors, and a file replaced, grown or cut while it is read is noticed at the next tile.
+        """
+        descriptor = os.open(self.path / file, os.O_RDONLY)
+        try:
+            if _state(os.fstat(descriptor)) != self.states[file]:
+                raise self._changed(file)
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise self._changed(file)
+                done += count
+        finally:
+            os.close(descriptor)
+
+    def _changed(self, file: str) -> RefusedError:
+        return RefusedError(
+            [
+                Finding(
+                    f"{self.label}/{file}", "changed while it was read (size, time or inode); merge it when it is still"
+                )
+            ]
+        )
+
+
+def open_folder(path: Path, label: str) -> LocalFolder:
+    """The files of a folder, sub-folders left out.
+
+    Raises:
+        UsageError: `path` is not a folder.
+        RefusedError: a file in it is a link that leads out of it (the Hub cache's own links are followed).
+    """
+    root = path.resolve()
+    if not root.is_dir():
+        raise UsageError(f"{label}: no such folder")
+    states, findings = {}, []
+    for entry in sorted(root.iterdir()):
+        if not entry.is_file():
+            if entry.is_symlink() and not entry.exists():
+                findings.append(Finding(f"{label}/{entry.name}", "is a link to nothing; download the file again"))
+            continue
+        target = entry.resolve()
+        if target.parent != root and target.parent != _hub_blobs(root):
+            findings.append(
+                Finding(
+                    f"{label}/{entry.name}", f"is a link out of its folder, to {quoted(str(target))}; copy the file"
+                )
+            )
+            continue
+        states[entry.name] = _state(entry.stat())
+    if findings:
+        raise RefusedError(findings)
+    return LocalFolder(label, root, states)
+
+
+def _state(stat: os.stat_result) -> FileState:
+    return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def _hub_blobs(root: Path) -> Path | None:
+    """The Hub cache keeps <repo>/snapshots/<commit>/file as a link to <repo>/blobs/<hash>."""
+    return root.parent.parent / "blobs" if root.parent.name == "snapshots" else None

@@ -1,0 +1,104 @@
+"""From what a user types to a checkpoint: a folder, a single file, a Hub id, or a LoRA adapter with its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.weights import adapter, remote
+from warmerge.weights.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    LowRank,
+    Stored,
+    Tensor,
+    read_checkpoint,
+    refuse_lone_shard,
+)
+from warmerge.weights.compat import OTHER_FILES, TOKENIZER_FILES
+from warmerge.weights.folder import Folder, open_folder
+
+
+def open_checkpoint(spec: str | Path, base: str | Path | None = None) -> Checkpoint:
+    """The checkpoint that `spec` names, from its headers alone.
+
+    Args:
+        spec: a folder, a .safetensors file, or a Hub id (`org/name`, `org/name@revision`, `hf://org/name`).
+            A local folder wins over a Hub id of the same name.
+        base: for a LoRA adapter, the checkpoint that it adapts; without it the one that its config names.
+
+    Raises:
+        UsageError: there is no such file, folder or Hub id.
+        RefusedError: the checkpoint is damaged or of a kind that cannot be merged.
+    """
+    label, path = str(spec), Path(spec)
+    if path.is_file():
+        return _single_file(path, label)
+    folder: Folder = open_folder(path, label) if path.is_dir() else remote.open_hub(label)
+    if ADAPTER_CONFIG not in folder.sizes() and ADAPTER_WEIGHTS not in folder.sizes():
+        return read_checkpoint(folder)
+    full = [name for name in folder.sizes() if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS]
+    if full:
+        what = f"holds both an adapter and full weights ({full[0]}); give the one that is meant, in a folder of its own"
+        raise RefusedError([Finding(label, what)])
+    named = base if base is not None else adapter.base_named_by(folder)
+    if named is None:
+        raise UsageError(f"{label} is a LoRA adapter that does not name its base; give it with --base")
+    if Path(named).is_dir() and Path(named).resolve() == path.resolve():
+        raise UsageError(f"{label} is a LoRA adapter; --base must be the model that it adapts")
+    full_base = open_checkpoint(named)
+    return replace(adapter.read_adapter(folder, full_base), fallback=full_base.folder)
+
+
+def make_local(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The same checkpoints with every needed file on this machine: what lies on the Hub is downloaded, cached.
+
+    Only weight files that hold one of the tensors and the small files beside them are fetched.
+    """
+    needed: dict[str, tuple[Folder, set[str]]] = {}
+    for checkpoint in checkpoints:
+        folders = [checkpoint.folder, *([] if checkpoint.fallback is None else [checkpoint.fallback])]
+        small = [(folder, file) for folder in folders for file in _small_files(folder)]
+        for folder, file in (*checkpoint.weight_files, *small):
+            needed.setdefault(folder.identity, (folder, set()))[1].add(file)
+    local = {identity: remote.download(folder, sorted(files)) for identity, (folder, files) in needed.items()}
+    return [_moved(checkpoint, local) for checkpoint in checkpoints]
+
+
+def _single_file(path: Path, label: str) -> Checkpoint:
+    folder = open_folder(path.parent, str(Path(label).parent))
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{label} is a file, but not a .safetensors file; give a folder or a .safetensors file")
+    if path.name == ADAPTER_WEIGHTS:
+        raise UsageError(f"{label} is a LoRA adapter; give its folder")
+    refuse_lone_shard(folder, path.name)
+    return replace(read_checkpoint(folder, only_file=path.name), label=label)
+
+
+def _small_files(folder: Folder) -> list[str]:
+    names = folder.sizes()
+    return [name for name in (*OTHER_FILES, *TOKENIZER_FILES) if name in names] + [
+        n for n in names if n.endswith(".py")
+    ]
+
+
+def _moved(checkpoint: Checkpoint, local: Mapping[str, Folder]) -> Checkpoint:
+    def part(stored: Stored) -> Stored:
+        folder = local[stored.folder.identity]
+        if folder.sizes()[stored.file] != stored.folder.sizes()[stored.file]:
+            what = "has another size than its header announced; remove it from the cache and download it again"
+            raise RefusedError([Finding(f"{plain(folder.label)}/{stored.file}", what)])
+        return replace(stored, folder=folder)
+
+    def tensor(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, LowRank):
+            return replace(tensor, weight=part(tensor.weight), up=part(tensor.up), down=part(tensor.down))
+        return part(tensor)
+
+    tensors = {name: tensor(found) for name, found in checkpoint.tensors.items()}
+    fallback = None if checkpoint.fallback is None else local.get(checkpoint.fallback.identity)
+    own = local.get(checkpoint.folder.identity, checkpoint.folder)
+    return replace(checkpoint, folder=own, tensors=tensors, fallback=fallback)

@@ -1,0 +1,241 @@
+"""Write a checkpoint folder so that at no moment, whatever happens, there is one that loads and is wrong.
+
+Everything is written in a hidden sibling of OUT. A shard carries the suffix .part and no header until its data is on
+the disk; only when all is there do the shards get their names, the index last, and one rename makes it OUT.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from warmerge.errors import UsageError, WarmergeError
+from warmerge.weights.checkpoint import INDEX
+from warmerge.weights.kernels import memory
+from warmerge.weights.plan import MergePlan, Shard, TensorPlan
+from warmerge.weights.safetensors_format import BITS
+
+MANIFEST = "warmerge.json"
+_PROGRESS = "progress.json"
+_LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder being written. `finished` are the shards that are on the disk, each with a note kept for it."""
+
+    out: Path
+    partial: Path
+    fingerprint: str
+    finished: dict[str, Any]
+    lock: int
+
+    def missing(self, shards: Iterable[Shard]) -> list[Shard]:
+        return [shard for shard in shards if shard.file not in self.finished]
+
+
+def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuses an OUT that would overwrite, or lie in, what is being read.
+
+    Raises:
+        UsageError: OUT is a link, a file, an input, inside one, around one, or exists and may not be replaced.
+    """
+    if out.is_symlink():
+        raise UsageError(f"{out} is a link; give the folder itself")
+    target = out.resolve()
+    for folder in (path.resolve() for path in inputs):
+        if target == folder or folder in target.parents or target in folder.parents:
+            raise UsageError(f"{out} is, lies in, or holds the input {folder}; choose another folder for -o")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; -o takes a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists and is not empty; choose another folder, or add --overwrite")
+    if not (out / MANIFEST).is_file():
+        raise UsageError(
+            f"{out} was not written by warmerge (no {MANIFEST} in it), so --overwrite leaves it alone; delete it"
+        )
+
+
+def open_output(out: Path, plan: MergePlan, fingerprint: str, resume: bool, extra_bytes: int) -> Output:
+    """Makes the hidden sibling folder, or takes up the one that an interrupted merge left.
+
+    Args:
+        fingerprint: stands for the inputs and the plan; only a run with the same one is continued.
+        extra_bytes: what will be written beside the weights, for the check of free space.
+
+    Raises:
+        UsageError: `resume` without anything to resume, or from other inputs or another plan.
+        WarmergeError: another merge is writing there, or the disk has not enough room.
+    """
+    partial = out.parent / f".{out.name}.partial"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if resume and not (partial / _PROGRESS).is_file():
+        raise UsageError(f"nothing to resume: no interrupted merge into {out}")
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise WarmergeError(
+            f"another merge is writing {out} at this moment; wait for it or choose another -o"
+        ) from None
+    try:
+        finished = _finished(out, partial, plan, fingerprint) if resume else {}
+        _clear(partial, keep={f"{file}.part" for file in finished} | {_LOCK})
+        needed = extra_bytes + sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
+        free = shutil.disk_usage(partial).free
+        if needed > free:
+            if not finished:
+                shutil.rmtree(partial)
+            raise WarmergeError(f"{out.parent}: {needed:,} bytes are needed, {free:,} are free; nothing was written")
+        _write_progress(partial, fingerprint, finished)
+    except BaseException:
+        os.close(lock)
+        raise
+    return Output(out, partial, fingerprint, finished, lock)
+
+
+class ShardFile:
+    """A shard being written: its place is reserved first, its header comes last."""
+
+    def __init__(self, output: Output, shard: Shard) -> None:
+        self.output, self.shard = output, shard
+        self.path = output.partial / f"{shard.file}.part"
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.descriptor, 0, shard.nbytes)
+        else:  # macOS
+            os.ftruncate(self.descriptor, shard.nbytes)
+
+    def write(self, tensor: TensorPlan, start: int, tile: torch.Tensor) -> None:
+        """Puts elements start.. of a tensor in their place; any thread, any order."""
+        offset = self.shard.offsets[tensor.name] + start * BITS[tensor.dtype] // 8
+        _write_all(self.descriptor, memory(tile), offset)
+
+    def finish(self) -> None:
+        """Data on the disk, then the header, then that on the disk too."""
+        os.fsync(self.descriptor)
+        _write_all(self.descriptor, memoryview(self.shard.header), 0)
+        os.fsync(self.descriptor)
+        os.close(self.descriptor)
+
+    def abandon(self) -> None:
+        """Closes the file without a header: it will not be used."""
+        os.close(self.descriptor)
+
+
+def mark_finished(output: Output, shard: Shard, note: Any) -> None:
+    """Records on the disk that a shard need not be written again, and a note (JSON) about it."""
+    output.finished[shard.file] = note
+    _write_progress(output.partial, output.fingerprint, output.finished)
+
+
+def write_file(output: Output, name: str, data: bytes) -> None:
+    """A small file beside the weights, with the permissions that the user's umask gives."""
+    _write_synced(output.partial / name, data)
+
+
+def publish(output: Output, plan: MergePlan) -> None:
+    """Names the shards, writes the index last, and renames the folder to OUT in one step."""
+    for shard in plan.shards:
+        os.rename(output.partial / f"{shard.file}.part", output.partial / shard.file)
+    if len(plan.shards) > 1:
+        _write_synced(output.partial / INDEX, index_json(plan))
+    for name in (_PROGRESS, _LOCK):
+        (output.partial / name).unlink()
+    _sync_folder(output.partial)
+    old = output.out.parent / f".{output.out.name}.old"
+    if output.out.exists() and any(output.out.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output.out, old)
+    os.rename(output.partial, output.out)
+    _sync_folder(output.out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(output: Output) -> None:
+    """Removes what was written: there is nothing in it worth resuming."""
+    shutil.rmtree(output.partial)
+
+
+def index_json(plan: MergePlan) -> bytes:
+    """The index of a sharded checkpoint, as transformers writes it. Without `metadata` it would not load."""
+    table = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    index = {
+        "metadata": {
+            "total_parameters": sum(tensor.numel for tensor in plan.tensors),
+            "total_size": sum(shard.nbytes - len(shard.header) for shard in plan.shards),
+        },
+        "weight_map": dict(sorted(table.items())),
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _finished(out: Path, partial: Path, plan: MergePlan, fingerprint: str) -> dict[str, Any]:
+    try:
+        progress: Mapping[str, Any] = json.loads((partial / _PROGRESS).read_bytes())
+    except ValueError:
+        progress = {}
+    if progress.get("fingerprint") != fingerprint:
+        raise UsageError(
+            f"the interrupted merge into {out} had other inputs or another plan; start again without --resume"
+        )
+    notes, finished = progress["finished"], {}
+    for shard in plan.shards:
+        path = partial / f"{shard.file}.part"
+        if not path.exists() and (partial / shard.file).exists():  # stopped between naming and publishing
+            os.rename(partial / shard.file, path)
+        if shard.file in notes and path.is_file() and path.stat().st_size == shard.nbytes:
+            with path.open("rb") as file:
+                if file.read(len(shard.header)) == shard.header:
+                    finished[shard.file] = notes[shard.file]
+    return finished
+
+
+def _clear(partial: Path, keep: set[str]) -> None:
+    for entry in partial.iterdir():
+        if entry.name not in keep:
+            entry.unlink()
+
+
+def _write_progress(partial: Path, fingerprint: str, finished: Mapping[str, Any]) -> None:
+    data = json.dumps({"fingerprint": fingerprint, "finished": finished}).encode()
+    fresh = partial / f"{_PROGRESS}.new"
+    _write_synced(fresh, data)
+    os.rename(fresh, partial / _PROGRESS)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(descriptor, memoryview(data), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwritev(descriptor, [data[done:]], offset + done)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""A small sample of every tensor: enough to know a checkpoint again, and to see a member that does not belong.
+
+The sample is the middle 4 KiB of each tensor, so it does not depend on how a checkpoint is cut into shards; heads,
+which are small and matter most, are read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from warmerge.errors import Finding, plain
+from warmerge.weights.checkpoint import Checkpoint
+from warmerge.weights.compat import is_head
+from warmerge.weights.folder import read_bytes
+from warmerge.weights.kernels import TORCH_DTYPE, load
+from warmerge.weights.safetensors_format import AVERAGED, BITS
+
+SAMPLE_BYTES = 4096
+# Cosine of two heads: >= .9 for heads that were trained from one probe, about 0 for heads drawn at random.
+SHARED_HEAD_COSINE = 0.5
+# |a - b| / |a| over a sample: some per cent between fine-tunings of one model, 1.4 between unrelated models.
+RELATED_DISTANCE = 0.5
+# A member this many times further from the mean of the others than is usual among them.
+OUTLIER_RATIO = 3.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`fingerprint` (hex) names the contents; `body` (n,) and `heads` (name -> flat) are float64 values."""
+
+    fingerprint: str
+    body: torch.Tensor
+    heads: dict[str, torch.Tensor]
+
+
+def read_sample(checkpoint: Checkpoint) -> Sample:
+    """Reads some 4 KiB of each tensor (of an adapter's factors too)."""
+    digest, body, heads = hashlib.sha256(), [], {}
+    for name in sorted(checkpoint.tensors):
+        tensor = checkpoint.tensors[name]
+        for part in tensor.parts:
+            count = min(part.numel, SAMPLE_BYTES * 8 // BITS[part.dtype])
+            width = part.nbytes // max(part.numel, 1)
+            start = (part.numel - count) // 2
+            data = read_bytes(part.folder, part.file, part.offset + start * width, count * width)
+            digest.update(f"{name}\0{part.dtype}\0{part.shape}\0".encode(errors="surrogatepass") + data)
+            if part is tensor.parts[0] and part.dtype in AVERAGED and data:
+                body.append(torch.frombuffer(bytearray(data), dtype=TORCH_DTYPE[part.dtype]).double())
+        if is_head(name) and len(tensor.parts) == 1 and tensor.dtype in AVERAGED:
+            heads[name] = load(tensor.parts[0]).double().flatten()
+            digest.update(heads[name].numpy().tobytes())
+    return Sample(digest.hexdigest(), torch.cat(body) if body else torch.zeros(0, dtype=torch.float64), heads)
+
+
+def doubts(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:
+    """Warnings: heads that share no start, members that share no pre-training, one member far from the others."""
+    return [*_heads(members, samples), *_distances(members, samples)]
+
+
+def same_contents(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:
+    """Members whose samples are equal in every tensor: one checkpoint under two names, perhaps in other shards."""
+    findings: list[Finding] = []
+    seen: dict[str, str] = {}
+    for member, sample in zip(members, samples, strict=True):
+        if sample.fingerprint in seen:
+            what = f"has the same weights as {plain(seen[sample.fingerprint])}; --allow-duplicates counts them twice"
+            findings.append(Finding(member.label, what))
+        seen.setdefault(sample.fingerprint, member.label)
+    return findings
+
+
+def _heads(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:
+    lowest: tuple[float, str, int, int] | None = None
+    for name in samples[0].heads:
+        for i in range(len(members)):
+            for j in range(i):
+                a, b = samples[i].heads.get(name), samples[j].heads.get(name)
+                if a is None or b is None or a.shape != b.shape or len(a) < 16:
+                    continue
+                cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+                if lowest is None or cosine < lowest[0]:
+                    lowest = (cosine, name, i, j)
+    if lowest is None or not lowest[0] < SHARED_HEAD_COSINE:
+        return []
+    cosine, name, i, j = lowest
+    what = (
+        f"has cosine {cosine:.2f} with {plain(members[j].label)}'s: these heads look independently drawn. Averaging "
+        "needs members that started from one probed head (WARM, section 3.2)"
+    )
+    return [Finding(members[i].label, what, name)]
+
+
+def _distances(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:
+    bodies = [sample.body for sample in samples]
+    if len({len(body) for body in bodies}) > 1 or not len(bodies[0]) or len(bodies) < 2:
+        return []
+    stack = torch.stack(bodies)
+    findings = []
+    apart = [float((row - stack[0]).norm() / stack[0].norm().clamp_min(1e-300)) for row in stack]
+    for member, distance in zip(members, apart, strict=True):
+        if distance > RELATED_DISTANCE:
+            what = (
+                f"differs from {plain(members[0].label)} by {distance:.0%} of its norm (over a sample): do they come "
+                "from one pre-trained model? The average of unrelated models is not a model"
+            )
+            findings.append(Finding(member.label, what))
+    if findings or len(members) < 3:
+        return findings
+    total = stack.sum(0)
+    far = [float((row - (total - row) / (len(stack) - 1)).norm()) for row in stack]
+    usual = sorted(far)[(len(far) - 1) // 2]
+    for member, distance in zip(members, far, strict=True):
+        if usual > 0 and distance > OUTLIER_RATIO * usual:
+            what = f"is {distance / usual:.1f} times as far from the mean of the others as is usual among them"
+            findings.append(Finding(member.label, what))
+    return findings

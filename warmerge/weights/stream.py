@@ -1,0 +1,194 @@
+"""Stream a plan's tensors, tile by tile, on several threads, into a sink."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+
+from warmerge.errors import Finding, RefusedError
+from warmerge.weights.checkpoint import Tensor
+from warmerge.weights.folder import read_bytes
+from warmerge.weights.kernels import TILE, TORCH_DTYPE, Workspace, finite, gram, one_thread_per_kernel, weighted_sum
+from warmerge.weights.plan import DTYPE_NAMES, MergePlan, TensorPlan
+from warmerge.weights.rules import Coefficients
+
+Tile = tuple[TensorPlan, int, int]
+Sink = Callable[[TensorPlan, int, torch.Tensor], None]
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Engine:
+    """How tiles are computed: threads, device, tile size (elements). `bad` collects values that are not finite."""
+
+    threads: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tile: int = TILE
+    progress: Progress = lambda nbytes: None
+    bad: dict[tuple[str, str], Finding] = field(default_factory=dict)
+
+    def run(self, items: Iterable[Tile], work: Callable[[Tile, Workspace], None], tile: int) -> None:
+        """Calls work(item, workspace) for every item, in order of starting, on all threads.
+
+        The first exception stops the others and is raised here; so is Ctrl-C.
+        """
+        lock, stop, iterator = threading.Lock(), threading.Event(), iter(items)
+
+        def worker() -> None:
+            workspace = Workspace(self.device, tile)
+            with workspace.active(), torch.inference_mode():
+                while not stop.is_set():
+                    with lock:
+                        item = next(iterator, None)
+                    if item is None:
+                        return
+                    work(item, workspace)
+
+        with one_thread_per_kernel(), ThreadPoolExecutor(self.threads) as pool:
+            futures = [pool.submit(worker) for _ in range(self.threads)]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+            for future in done:
+                future.result()
+
+    def merge(self, tensors: Sequence[TensorPlan], coefficients: dict[str, Coefficients], sink: Sink) -> None:
+        """Sends every tile of `tensors` to sink(tensor, first element, tile); non-finite values go to `bad`."""
+
+        def work(item: Tile, workspace: Workspace) -> None:
+            tensor, start, stop = item
+            inputs = (*tensor.members, *([] if tensor.base is None else [tensor.base]))
+            if not tensor.averaged:
+                sink(tensor, start, _raw_tile(tensor.members[0], start, stop))
+            else:
+                chosen = coefficients[tensor.name]
+                factors = (*chosen.members, *([] if tensor.base is None else [chosen.base]))
+                dtype = TORCH_DTYPE[tensor.dtype]
+                tile = weighted_sum(inputs, factors, chosen.divisor, start, stop, dtype, workspace)
+                if not finite(tile):
+                    self._explain(tensor, inputs, tile, start, workspace)
+                sink(tensor, start, tile)
+            self.progress(sum(part.nbytes for t in inputs for part in t.parts) * (stop - start) // max(tensor.numel, 1))
+
+        self.run(_tiles(tensors, self.tile), work, self.tile)
+
+    def grams(self, tensors: Sequence[TensorPlan]) -> dict[str, list[list[float]]]:
+        """The Gram matrix (M, M) of each tensor's task vectors, summed exactly over fixed tiles.
+
+        The result does not depend on threads or on `tile`: the blocks are fixed, and their parts are summed exactly.
+        """
+        parts: dict[str, dict[int, list[list[float]]]] = {tensor.name: {} for tensor in tensors}
+
+        def work(item: Tile, workspace: Workspace) -> None:
+            tensor, start, stop = item
+            parts[tensor.name][start] = gram(tensor.members, tensor.base, start, stop, workspace)
+            inputs = (*tensor.members, *([] if tensor.base is None else [tensor.base]))
+            self.progress(sum(part.nbytes for t in inputs for part in t.parts) * (stop - start) // max(tensor.numel, 1))
+
+        self.run(_tiles(tensors, TILE), work, TILE)
+        return {tensor.name: _summed(parts[tensor.name].values(), len(tensor.members)) for tensor in tensors}
+
+    def refuse_bad(self) -> None:
+        """Raises RefusedError with every value found so far that is not finite."""
+        if self.bad:
+            raise RefusedError(self.bad.values())
+
+    def _explain(
+        self, tensor: TensorPlan, inputs: Sequence[Tensor], tile: torch.Tensor, start: int, work: Workspace
+    ) -> None:
+        """Finds which input holds the value, or whether the sum or the cast made it."""
+        stop, blamed = start + tile.numel(), False
+        for member in inputs:
+            values = work.read(member, start, stop)
+            wrong = (~torch.isfinite(values)).nonzero()
+            if len(wrong):
+                index, blamed = int(wrong[0]), True
+                part = member.parts[0]
+                what = (
+                    f"holds {float(values[index])} at element {start + index}; leave this checkpoint out, or repair it"
+                )
+                where = f"{part.folder.label}/{part.file}"
+                self.bad.setdefault((where, tensor.name), Finding(where, what, tensor.name))
+        wrong = (~torch.isfinite(tile)).nonzero()
+        if len(wrong) and not blamed:
+            largest = torch.finfo(tile.dtype).max
+            what = (
+                f"becomes {float(tile[int(wrong[0])])} at element {start + int(wrong[0])}: the merged value does not "
+                f"fit {DTYPE_NAMES[tensor.dtype]} (largest {largest:.4g}); choose --dtype bfloat16 or float32"
+            )
+            self.bad.setdefault(("output", tensor.name), Finding("output", what, tensor.name))
+
+
+def coefficients_of(plan: MergePlan, tensors: Sequence[TensorPlan], engine: Engine) -> dict[str, Coefficients]:
+    """Each tensor's coefficients: the rule's constants, or what it makes of the tensor's Gram matrix.
+
+    Raises:
+        RefusedError: a tensor for which the rule is not defined.
+    """
+    floating = [tensor for tensor in tensors if tensor.averaged]
+    merged = [tensor for tensor in floating if tensor.merged]
+    chosen = {tensor.name: Coefficients((1.0,)) for tensor in floating if not tensor.merged}
+    constant = plan.constant_coefficients()
+    if constant is not None:
+        return chosen | {tensor.name: constant for tensor in merged}
+    findings = []
+    for name, products in engine.grams(merged).items():
+        if not all(math.isfinite(value) for value in chain.from_iterable(products)):
+            continue  # a NaN or Inf in an input: found and named below
+        try:
+            chosen[name] = plan.rule.coefficients(len(plan.members), plan.options, products)
+        except ArithmeticError as error:
+            findings.append(Finding(f"--rule {plan.rule.name}", str(error), name))
+    unfinished = [tensor for tensor in merged if tensor.name not in chosen]
+    placeholder = {t.name: Coefficients((1.0,) * len(plan.members), base=1.0) for t in unfinished}
+    engine.merge(unfinished, placeholder, lambda tensor, start, tile: None)
+    findings += engine.bad.values()
+    if findings:
+        raise RefusedError(findings)
+    return chosen
+
+
+def refuse_unequal_integers(plan: MergePlan) -> None:
+    """Integer and boolean tensors have no mean: they must be equal in all members, byte for byte.
+
+    Raises:
+        RefusedError: naming every such tensor and the member in which it differs.
+    """
+    findings = []
+    for tensor in plan.tensors:
+        if tensor.averaged:
+            continue
+        for member, checkpoint in zip(tensor.members[1:], plan.members[1:], strict=False):
+            for start in range(0, tensor.numel, TILE):
+                stop = min(start + TILE, tensor.numel)
+                if not torch.equal(_raw_tile(tensor.members[0], start, stop), _raw_tile(member, start, stop)):
+                    what = f"({member.dtype}) differs from {plan.members[0].label}'s; integers cannot be averaged"
+                    findings.append(Finding(checkpoint.label, what, tensor.name))
+                    break
+    if findings:
+        raise RefusedError(findings)
+
+
+def _tiles(tensors: Iterable[TensorPlan], size: int) -> Iterator[Tile]:
+    for tensor in tensors:
+        for start in range(0, tensor.numel, size):
+            yield tensor, start, min(start + size, tensor.numel)
+
+
+def _raw_tile(tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+    (part,) = tensor.parts
+    width = part.nbytes // part.numel
+    data = read_bytes(part.folder, part.file, part.offset + start * width, (stop - start) * width)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _summed(parts: Iterable[list[list[float]]], count: int) -> list[list[float]]:
+    matrices = list(parts)
+    return [[math.fsum(matrix[i][j] for matrix in matrices) for j in range(count)] for i in range(count)]
