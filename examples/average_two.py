@@ -1,6 +1,6 @@
 """The main job on two tiny reward models that are built here: inspect, average, load. Takes seconds, downloads nothing.
 
-    python examples/average_two.py [FOLDER]
+python examples/average_two.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from warmerge.errors import Finding, WarmergeError
+from warmerge.errors import Finding, WarmergeError, plain
+from warmerge.weights.rules import FLAGS, RULES
 
 if TYPE_CHECKING:
     from warmerge.pipeline.average import Prepared
@@ -31,13 +32,20 @@ app = typer.Typer(
 )
 CKPT = "a folder, a .safetensors file, a LoRA adapter folder, or a Hub id (org/name, org/name@revision)"
 
-Checkpoints = Annotated[list[str], typer.Argument(metavar="CKPT...", help=f"Checkpoints: {CKPT}.", show_default=False)]
+Checkpoints = Annotated[list[str], typer.Argument(metavar="CKPT", help=f"Checkpoints: {CKPT}.", show_default=False)]
 Base = Annotated[
     str | None,
-    typer.Option(help="The checkpoint that all members started from; for LoRA adapters, the model they adapt."),
+    typer.Option(
+        rich_help_panel="Rule",
+        help="The checkpoint that all members started from; for LoRA adapters, the model they adapt.",
+    ),
 ]
-AnyModel = Annotated[bool, typer.Option("--any-model", help="Also accept models without a reward head.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads [default: all this process may use, at most 16].")]
+AnyModel = Annotated[
+    bool, typer.Option("--any-model", rich_help_panel="Checks", help="Also accept models without a reward head.")
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; all that this process may use, at most 16, if not given.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 
@@ -45,43 +53,78 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an e
 @app.command()
 def average(
     checkpoints: Checkpoints,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="New folder for the merged checkpoint.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", rich_help_panel="Output", help="New folder for the merged checkpoint.")
+    ] = None,
     rule: Annotated[
-        str, typer.Option(help="uniform, weighted, lambda, slerp, liti or stock: see `warmerge rules`.")
+        str,
+        typer.Option(rich_help_panel="Rule", help=f"{', '.join(RULES)}: see `warmerge rules`."),
     ] = "uniform",
     weights: Annotated[
-        str | None, typer.Option(help="For weighted: one number per checkpoint, e.g. 0.5,0.3,0.2.")
+        str | None,
+        typer.Option(rich_help_panel="Rule", help="For weighted: one number per checkpoint, e.g. 0.5,0.3,0.2."),
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Divide --weights by their sum.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", rich_help_panel="Rule", help="Divide --weights by their sum.")
+    ] = False,
     lam: Annotated[
-        float | None, typer.Option("--lambda", help="For lambda, slerp: 0 is the first checkpoint, 1 the second.")
+        float | None,
+        typer.Option(
+            "--lambda", rich_help_panel="Rule", help="For lambda, slerp: 0 is the first checkpoint, 1 the second."
+        ),
     ] = None,
-    eta: Annotated[float | None, typer.Option(help="For liti: 0 is the base, 1 the average.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(rich_help_panel="Rule", help="For liti: 0 is the base, 1 the average.")
+    ] = None,
     base: Base = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Merge only tensors that match; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", rich_help_panel="Partial merges", help="Merge only tensors that match; repeatable."
+        ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--except", metavar="GLOB", help="Do not merge tensors that match; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--except",
+            metavar="GLOB",
+            rich_help_panel="Partial merges",
+            help="Do not merge tensors that match; repeatable.",
+        ),
     ] = None,
     rest_from: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Copy the tensors that are not merged from checkpoint N (1 is the first)."),
+        typer.Option(
+            metavar="N",
+            rich_help_panel="Partial merges",
+            help="Copy the tensors that are not merged from checkpoint N (1 is the first).",
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(rich_help_panel="Output", help="auto (each tensor's own), float32, bfloat16 or float16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     threads: Threads = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file, e.g. 500MB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(rich_help_panel="Output", help="Largest output file, e.g. 500MB.")
+    ] = "5GB",
     tokenizer_from: Annotated[
-        int | None, typer.Option(metavar="N", help="Take checkpoint N's tokenizer although they differ.")
+        int | None,
+        typer.Option(metavar="N", rich_help_panel="Checks", help="Take checkpoint N's tokenizer although they differ."),
     ] = None,
     allow_duplicates: Annotated[
-        bool, typer.Option("--allow-duplicates", help="Also count one checkpoint twice.")
+        bool, typer.Option("--allow-duplicates", rich_help_panel="Checks", help="Also count one checkpoint twice.")
     ] = False,
     any_model: AnyModel = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if an earlier merge wrote it.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge into OUT.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the plan, and stop.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel="Output", help="Replace OUT if an earlier merge wrote it.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel="Output", help="Continue an interrupted merge into OUT.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", rich_help_panel="Output", help="Check, print the plan, and stop.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -174,21 +217,19 @@ def inspect(
 @app.command()
 def rules(as_json: Json = False) -> None:
     """List the merge rules with their formulas and sources."""
-    from warmerge.weights.rules import FLAGS, RULES
-
     rows = [
         {
             "rule": rule.name,
             "formula": rule.formula,
-            "options": " ".join([FLAGS[o] for o in FLAGS if o in rule.options] + ["--base"] * rule.needs_base),
+            "options": [FLAGS[option] for option in FLAGS if option in rule.options] + ["--base"] * rule.needs_base,
             "source": rule.source,
         }
         for rule in RULES.values()
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps({"rules": rows}, indent=2))
     else:
-        _table(list(rows[0]), [list(row.values()) for row in rows])
+        _table(list(rows[0]), [[v if isinstance(v, str) else " ".join(v) for v in row.values()] for row in rows])
 
 
 @app.callback(invoke_without_command=True)
@@ -210,6 +251,12 @@ def errors(debug: bool) -> Iterator[None]:
             raise
         typer.echo(f"warmerge: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if debug:
+            raise
+        where = "" if error.filename is None else f"{plain(str(error.filename))}: "
+        typer.echo(f"warmerge: {where}{error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("warmerge: stopped", err=True)
         raise typer.Exit(130) from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of warmerge, Python and the libraries that decide a result. Imports none of them."""
     names = ("warmerge", "torch", "safetensors", "transformers", "huggingface-hub")

@@ -325,7 +325,6 @@ TOKENIZERS: list[tuple[dict[str, Any], int | None]] = [
     ),
     ({"tokenizer_config.json": {"pad_token": "<p>"}}, None),
     ({"tokenizer_config.json": {"pad_token": None}, "tokenizer.json": {"model": {"vocab": {"<p>": 3}}}}, None),
-    ({"tokenizer_config.json": ["damaged"]}, None),
     ({}, None),
 ]
 

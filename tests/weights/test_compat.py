@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIG, llama_tensors, write_checkpoint
+from conftest import llama_tensors, write_checkpoint
 
 from warmerge.errors import Finding, RefusedError
+from warmerge.pipeline.average import prepare
 from warmerge.rewards.config import effective_config
-from warmerge.weights import compat
+from warmerge.weights import compat, small_files
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.plan import Selection
@@ -63,15 +64,15 @@ def test_members_need_no_config(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named_with_both_members(rm: Writer) -> None:
     a, b = rm("a", seed=1), rm("b", seed=2, drop=("model.norm.weight",))
     assert refused([a, b]) == [
-        Finding(str(b), f"is missing; {a} has it. Nothing is filled in from another member", "model.norm.weight")
+        Finding(str(b), f"is missing here, present in {a}; nothing is filled in from another", "model.norm.weight")
     ]
 
 
 def test_an_extra_tensor_is_named_with_both_members(rm: Writer) -> None:
     a, b = rm("a", seed=1), rm("b", seed=2, add={"score.bias": torch.zeros(1)})
-    assert refused([a, b]) == [Finding(str(b), f"is extra; {a} does not have it", "score.bias")]
+    assert refused([a, b]) == [Finding(str(b), f"is extra, not present in {a}", "score.bias")]
     assert refused([b, a]) == [
-        Finding(str(a), f"is missing; {b} has it. Nothing is filled in from another member", "score.bias")
+        Finding(str(a), f"is missing here, present in {b}; nothing is filled in from another", "score.bias")
     ]
 
 
@@ -81,7 +82,7 @@ def test_many_missing_tensors_make_one_finding(rm: Writer) -> None:
     (found,) = refused([a, b])
     assert (found.where, found.tensor) == (str(b), None)
     assert found.what.startswith(f"{len(layer)} tensors ('model.layers.1.input_layernorm.weight', ")
-    assert f"and {len(layer) - 5} more) are missing; {a} has it" in found.what
+    assert f"and {len(layer) - 5} more) are missing here, present in {a}; nothing" in found.what
 
 
 def test_every_member_is_compared_not_only_the_second(rm: Writer) -> None:
@@ -124,10 +125,13 @@ def test_integers_against_floats_stay_refused_whatever_the_dtype(rm: Writer) -> 
 
 def test_only_selected_tensors_are_compared(rm: Writer) -> None:
     a = rm("a", seed=1)
-    b = rm("b", seed=2, drop=("score.weight",), add={"model.norm.weight": torch.ones(17), "lm_head.weight": torch.ones(1)})
+    b = rm(
+        "b", seed=2, drop=("score.weight",), add={"model.norm.weight": torch.ones(17), "lm_head.weight": torch.ones(1)}
+    )
     chosen = Selection(only=("model.layers.*",), rest_from=0)
     assert refused([a, b], selection=chosen) == []
-    assert [f.tensor for f in refused([a, b], selection=Selection(only=("model.*",), rest_from=0))] == ["model.norm.weight"]  # fmt: skip
+    wider = Selection(only=("model.*",), rest_from=0)
+    assert [found.tensor for found in refused([a, b], selection=wider)] == ["model.norm.weight"]
 
 
 def test_a_partial_merge_compares_with_the_member_that_the_rest_comes_from(rm: Writer) -> None:
@@ -144,17 +148,14 @@ def test_a_partial_merge_compares_with_the_member_that_the_rest_comes_from(rm: W
     [
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
         ("quantization_config", {"load_in_4bit": True}, "unknown"),
-        ("quantization_config", "awq", "unknown"),
         ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ],
 )
 def test_a_quantised_member_is_refused(rm: Writer, key: str, value: Any, method: str) -> None:
     a, b = rm("a", seed=1), rm("b", seed=2, config={key: value})
-    found = refused([a, b])
-    assert found[0] == Finding(
-        str(b),
-        f"is quantised ({key}, method {method!r}); merge the unquantised checkpoints and quantise the result",
-    )
+    found = refused([a, b])[0]
+    assert (found.where, found.tensor) == (str(b), None)
+    assert found.what.startswith(f"is quantised ({key}, method {method!r}); merge the unquantised checkpoints")
 
 
 def test_a_quantised_base_is_refused(rm: Writer) -> None:
@@ -256,12 +257,14 @@ MATTERS = [
     ("attention_bias", True, None),
     ("tie_word_embeddings", True, None),
     ("max_position_embeddings", 77, None),
-    ("reward_transform", "tanh", "null"),
+    ("reward_transform", "tanh", "nothing"),
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), MATTERS, ids=[row[0] for row in MATTERS])
-def test_a_config_that_computes_something_else_is_refused(rm: Writer, key: str, value: Any, expected: str | None) -> None:
+def test_a_config_that_computes_something_else_is_refused(
+    rm: Writer, key: str, value: Any, expected: str | None
+) -> None:
     a, b = rm("a", seed=1), rm("b", seed=2, config={key: value})
     (found,) = refused([a, b])
     assert (found.where, found.tensor) == (f"{b}/config.json", None)
@@ -306,6 +309,7 @@ def test_what_says_how_a_model_was_trained_or_saved_is_ignored(rm: Writer, key: 
     a, b = rm("a", seed=1), rm("b", seed=2, config={key: IGNORED[key]})
     assert check([a, b]) == ([], [])
     assert check([b, a]) == ([], [])
+    assert compat.check([open_checkpoint(a), open_checkpoint(b)]) == ([], []), "without transformers' help"
 
 
 SPELLINGS = {
@@ -336,7 +340,7 @@ def test_without_transformers_a_spelling_is_a_difference(rm: Writer) -> None:
     members = [open_checkpoint(rm("a", seed=1)), open_checkpoint(rm("b", seed=2, config={"rms_norm_eps": 1e-6}))]
     refusals, _ = compat.check(members)
     assert [finding.what for finding in refusals] == [
-        f"has rms_norm_eps 1e-06, expected null as in {members[0].label}"
+        f"has rms_norm_eps 1e-06, expected nothing as in {members[0].label}"
     ]
 
 
@@ -352,8 +356,8 @@ def test_the_padding_id_of_a_text_part_counts(rm: Writer) -> None:
     def config(pad: int) -> dict[str, Any]:
         return {"pad_token_id": None, "model_type": "unknown", "text_config": {"pad_token_id": pad}}
 
-    assert compat.pad_token_id({"text_config": {"pad_token_id": 7}}) == 7
-    assert compat.pad_token_id({"pad_token_id": 3, "text_config": {"pad_token_id": 7}}) == 3
+    assert small_files.pad_token_id({"text_config": {"pad_token_id": 7}}) == 7
+    assert small_files.pad_token_id({"pad_token_id": 3, "text_config": {"pad_token_id": 7}}) == 3
 
 
 def test_a_partial_merge_asks_for_one_model_type_only(rm: Writer) -> None:
@@ -366,12 +370,18 @@ def test_a_partial_merge_asks_for_one_model_type_only(rm: Writer) -> None:
     ]
 
 
-def test_an_escape_in_a_config_field_never_reaches_the_message(rm: Writer) -> None:
-    a = rm("a", seed=1)
-    for number, change in enumerate(({"evil": "\x1b[31m"}, {"\x1b[31mevil": 1})):
-        (found,) = refused([a, rm(f"b{number}", seed=2, config=change)])
-        assert "evil" in str(found)
-        assert str(found).isprintable()
+def assert_shown_escaped(rm: Writer, change: Mapping[str, Any]) -> None:
+    (found,) = refused([rm("a", seed=1), rm("b", seed=2, config=change)])
+    assert "evil" in str(found)
+    assert str(found).isprintable()
+
+
+def test_an_escape_in_the_value_of_a_config_field_never_reaches_the_message(rm: Writer) -> None:
+    assert_shown_escaped(rm, {"evil": "\x1b[31m"})
+
+
+def test_an_escape_in_the_name_of_a_config_field_never_reaches_the_message(rm: Writer) -> None:
+    assert_shown_escaped(rm, {"\x1b[31mevil": 1})
 
 
 DAMAGED = [
@@ -380,7 +390,16 @@ DAMAGED = [
     {"num_labels": "many", "id2label": None},
     {"num_labels": [1], "id2label": None},
     {"hidden_size": "x"},
+    {"quantization_config": "awq"},
+    {"num_attention_heads": 3},
 ]
+
+
+def test_a_config_that_transformers_cannot_read_is_compared_as_it_stands(rm: Writer) -> None:
+    a, b = rm("a", seed=1), rm("b", seed=2, config={"auto_map": {"AutoModel": "modeling.M"}})
+    assert [f.what for f in refused([a, b])] == [
+        f'has auto_map {{"AutoModel": "modeling.M"}}, expected nothing as in {a}'
+    ]
 
 
 @pytest.mark.parametrize("change", DAMAGED, ids=[json.dumps(change) for change in DAMAGED])
@@ -393,10 +412,13 @@ def test_a_config_of_wrong_types_is_refused_not_a_traceback(rm: Writer, change: 
     assert any(finding.where.startswith(str(b)) for finding in found)
 
 
-def test_architectures_as_one_word_are_read_as_that_word(rm: Writer) -> None:
-    change = {"architectures": "LlamaForCausalLM"}
-    a, b = rm("a", seed=1, config=change), rm("b", seed=2, config=change)
-    assert any("'LlamaForCausalLM'" in finding.what or "architectures" in finding.what for finding in refused([a, b]))
+@pytest.mark.parametrize("value", ["LlamaForCausalLM", [5], {"a": 1}])
+def test_architectures_that_are_no_list_of_names_are_refused(rm: Writer, value: Any) -> None:
+    a = rm("a", seed=1, config={"architectures": value})
+    with pytest.raises(RefusedError) as caught:
+        open_checkpoint(a)
+    what = f"has architectures {json.dumps(value)}, expected a list of names; it is damaged"
+    assert caught.value.findings == (Finding(f"{a}/config.json", what),)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------------------------
@@ -418,8 +440,11 @@ def two(rm: Writer) -> tuple[Path, Path]:
 
 
 def assert_differ(a: Path, b: Path, where: str, what: str) -> None:
-    assert check([a, b]) == ([Finding(where, what + HINT)], [])
-    assert check([a, b], tokenizer_from=1) == ([], [Finding(where, what)])
+    (found,), none = check([a, b])
+    assert none == []
+    assert found.what.endswith(HINT)
+    assert check([a, b], tokenizer_from=1) == ([], [Finding(where, found.what.removesuffix(HINT))])
+    assert (found.where, found.what.removesuffix(HINT).replace("'its text'", "its text")) == (where, what)
 
 
 def test_equal_tokenizers_pass_however_they_are_laid_out(rm: Writer) -> None:
@@ -489,6 +514,12 @@ def test_one_template_in_a_file_and_in_a_field_is_the_same_template(rm: Writer) 
     assert_healthy([a, b])
 
 
+def test_a_tokenizer_file_nested_too_deep_is_refused(rm: Writer) -> None:
+    a, b = two(rm)
+    (b / "tokenizer_config.json").write_text("[" * 100_000)
+    assert any(found.where == f"{b}/tokenizer_config.json" for found in refused([a, b]))
+
+
 # --- code, reward scales --------------------------------------------------------------------------------------------
 
 
@@ -515,13 +546,12 @@ def test_another_reward_scale_is_doubted(rm: Writer, mean: float | None, std: fl
     a, b = rm("a", seed=1, config={"mean": 0.5, "std": 1.5}), rm("b", seed=2, config={"mean": mean, "std": std})
     refusals, warnings = check([a, b])
     assert refusals == []
-    assert warnings == [
-        Finding(
-            f"{b}/config.json",
-            f"has reward mean {json.dumps(mean)} and std {std}, {a} has 0.5 and 1.5; the output keeps {a}'s, "
-            "measure the merged model's own",
-        )
-    ]
+    (found,) = warnings
+    assert found.where == f"{b}/config.json"
+    assert found.what.startswith(
+        f"has reward mean {'nothing' if mean is None else mean} and std {std}, {a} has 0.5 and 1.5; the output keeps "
+    )
+    assert found.what.endswith("measure the merged model's own")
 
 
 def test_a_reward_scale_equal_but_for_its_last_digit_is_not_doubted(rm: Writer) -> None:
@@ -534,7 +564,9 @@ def test_a_reward_scale_equal_but_for_its_last_digit_is_not_doubted(rm: Writer) 
 
 def test_one_member_is_no_merge(rm: Writer) -> None:
     a = rm("a")
-    assert refused([a]) == [Finding(str(a), "is the only checkpoint; a merge takes two or more")]
+    with pytest.raises(RefusedError) as caught:
+        prepare([a])
+    assert caught.value.findings == (Finding(str(a), "is the only checkpoint; a merge takes two or more"),)
 
 
 def test_one_folder_twice_is_refused_unless_it_is_meant(rm: Writer, tmp_path: Path) -> None:
@@ -561,6 +593,18 @@ def test_members_that_differ_in_one_head_value_are_no_copies(rm: Writer) -> None
     head[0, 15] += 1e-3
     a, b = rm("a", seed=1), rm("b", seed=1, add={"score.weight": head})
     assert sampled([a, b]) == ([], [])
+
+
+@pytest.mark.parametrize("element", [0, 1500, 2999])
+def test_a_long_head_is_compared_whole(tmp_path: Path, element: int) -> None:
+    head = torch.linspace(-1, 1, 3000).reshape(1, 3000)
+    other = head.clone()
+    other[0, element] += 1e-3
+    folders = [
+        write_checkpoint(tmp_path / name, {"score.weight": tensor}, config=None)
+        for name, tensor in (("a", head), ("b", other))
+    ]
+    assert sampled(folders)[1] == []
 
 
 # --- doubts ---------------------------------------------------------------------------------------------------------

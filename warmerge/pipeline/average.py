@@ -14,8 +14,8 @@ from warmerge.errors import Finding, RefusedError, UsageError
 from warmerge.report import model_card
 from warmerge.rewards.config import effective_config
 from warmerge.version import versions
-from warmerge.weights import compat
-from warmerge.weights.average import choose_device, default_threads, merge_into, plan_fingerprint, write_merge
+from warmerge.weights import compat, small_files
+from warmerge.weights.average import choose_device, choose_threads, merge_into, plan_fingerprint, write_merge
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes
 from warmerge.weights.locate import make_local, open_checkpoint
@@ -108,6 +108,8 @@ def prepare(
         tokenizer_from=tokenizer,
         effective_config=effective_config,
     )
+    if len(members) < 2:
+        refusals.append(Finding(members[0].label, "is the only checkpoint; a merge takes two or more"))
     if refusals:
         raise RefusedError(refusals)
     if base is not None and not chosen.needs_base and not any("adapter" in member.details for member in members):
@@ -197,6 +199,7 @@ def average(
         _small_files(prepared, manifest),
         manifest,
         fingerprint=plan_fingerprint(prepared.plan, prepared.fingerprints),
+        overwrite=overwrite,
         resume=resume,
     )
     return Merged(target, manifest, prepared.warnings)
@@ -228,9 +231,7 @@ def average_into(
 
 
 def _engine(threads: int | None, device: torch.device, progress: Callable[[int], None] | None) -> Engine:
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads: expected 1 or more, found {threads}")
-    return Engine(threads or default_threads(), device, progress=progress or (lambda nbytes: None))
+    return Engine(choose_threads(threads), device, progress=progress or (lambda nbytes: None))
 
 
 def _open_all(checkpoints: Sequence[Spec], base: Spec | None) -> tuple[list[Checkpoint], Checkpoint | None]:
@@ -262,7 +263,7 @@ def _position(flag: str, number: int | None, count: int) -> int | None:
 
 
 def _manifest(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
-    plan = prepared.plan
+    plan, rule = prepared.plan, prepared.plan.rule
     roles = [*(("member", member) for member in plan.members), *([] if plan.base is None else [("base", plan.base)])]
     inputs = [
         {
@@ -275,12 +276,11 @@ def _manifest(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
         }
         for (role, checkpoint), fingerprint in zip(roles, prepared.fingerprints, strict=True)
     ]
-    options = {key: value for key, value in vars(plan.options).items() if value not in (None, False)}
     return {
         "command": list(command),
         "warmerge": versions()["warmerge"],
         "versions": versions(),
-        "rule": {"name": plan.rule.name, "formula": plan.rule.formula, "source": plan.rule.source, **options},
+        "rule": {"name": rule.name, "formula": rule.formula, "source": rule.source, **plan.options.given()},
         "inputs": inputs,
         "copied_tensors": [tensor.name for tensor in plan.tensors if not tensor.merged],
         "dtype": _main_dtype(plan),
@@ -293,16 +293,15 @@ def _manifest(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
 def _small_files(prepared: Prepared, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     """Config, tokenizer, code and model card of the output: copied to the byte where they need not change."""
     source = prepared.source
-    found = {name: compat.small_file(source, name) for name in compat.OTHER_FILES if name != "config.json"}
+    found = {name: small_files.small_file(source, name) for name in small_files.OTHER_FILES if name != "config.json"}
     files = {name: data for name, data in found.items() if data is not None}
     if source.config is not None:
         files["config.json"] = _config_json(source, str(manifest["dtype"]))
         if source.config.get("auto_map"):
-            files |= compat.code_files(source)
-    tokenizer = compat.tokenizer_folder(prepared.tokenizer)
-    files |= {name: read_bytes(tokenizer, name) for name in compat.TOKENIZER_FILES if name in tokenizer.sizes()}
-    architecture = str(((source.config or {}).get("architectures") or [""])[0])
-    return files | {"README.md": model_card(manifest, architecture).encode()}
+            files |= small_files.code_files(source)
+    tokenizer = small_files.tokenizer_folder(prepared.tokenizer)
+    files |= {name: read_bytes(tokenizer, name) for name in small_files.TOKENIZER_FILES if name in tokenizer.sizes()}
+    return files | {"README.md": model_card(manifest, small_files.architecture(source.config or {})).encode()}
 
 
 def _main_dtype(plan: MergePlan) -> str | None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warmerge.errors import Finding, RefusedError, UsageError
-from warmerge.weights import compat
+from warmerge.rewards.config import effective_config
+from warmerge.weights import compat, small_files
 from warmerge.weights.checkpoint import Checkpoint, LowRank
 from warmerge.weights.folder import read_bytes
 from warmerge.weights.locate import make_local, open_checkpoint
@@ -79,8 +80,10 @@ def inspect(
         UsageError: a name that is nothing, or a figure without `distances`.
         RefusedError: `distances` of checkpoints that do not have the same tensors.
     """
-    if figure is not None and not distances:
-        raise UsageError("--figure draws distances; add --distances")
+    if figure is not None:
+        _check_figure(figure, distances)
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads: expected 1 or more, found {threads}")
     opened: list[Checkpoint] = []
     findings: list[Finding] = []
     for spec in checkpoints:
@@ -90,13 +93,8 @@ def inspect(
             findings += error.findings
     rows = tuple(_row(checkpoint) for checkpoint in opened)
     warnings: list[Finding] = []
-    if len(opened) > 1:
-        from warmerge.rewards.config import effective_config
-
+    if opened:
         refusals, warnings = compat.check(opened, any_model=any_model, effective_config=effective_config)
-        findings += refusals
-    elif len(opened) == 1 == len(checkpoints):
-        refusals, _ = compat.check([opened[0]] * 2, any_model=any_model, allow_duplicates=True)
         findings += refusals
     if not distances:
         return Inspection(rows, tuple(findings), tuple(warnings))
@@ -104,9 +102,11 @@ def inspect(
         raise RefusedError(findings)
     if len(opened) < 2:
         raise UsageError("--distances takes two checkpoints or more")
-    measured = _distances(opened, base, threads, progress, on_bytes)
+    measured, doubted = _distances(opened, base, threads, progress, on_bytes)
+    warnings += doubted
     if figure is not None:
-        _draw(measured[0], [Path(row.checkpoint).name for row in rows], figure)
+        names = [Path(row.checkpoint).name for row in rows]
+        _draw(measured[0], names if len(set(names)) == len(names) else [row.checkpoint for row in rows], figure)
     return Inspection(rows, tuple(findings), tuple(warnings), tuple(measured))
 
 
@@ -116,15 +116,21 @@ def _distances(
     threads: int | None,
     progress: Callable[[int], None] | None,
     on_bytes: Callable[[int], None] | None,
-) -> list[Distances]:
-    from warmerge.weights.average import default_threads
+) -> tuple[list[Distances], list[Finding]]:
+    """Distances, and the doubts that `average` would warn of once it has looked into the weights."""
+    from warmerge.weights.average import choose_threads
     from warmerge.weights.distances import measure_distances
+    from warmerge.weights.samples import doubts, read_sample, same_contents
 
     local = make_local([*opened, *([] if base is None else [open_checkpoint(base)])])
     members, base_checkpoint = local[: len(opened)], local[len(opened)] if base is not None else None
     if on_bytes is not None:
         on_bytes(sum(checkpoint.nbytes for checkpoint in local))
-    return measure_distances(members, base_checkpoint, threads or default_threads(), progress)
+    samples = [read_sample(member) for member in members]
+    if same := same_contents(members, samples):
+        raise RefusedError(same)
+    measured = measure_distances(members, base_checkpoint, choose_threads(threads), progress)
+    return measured, doubts(members, samples)
 
 
 def _row(checkpoint: Checkpoint) -> Row:
@@ -133,7 +139,7 @@ def _row(checkpoint: Checkpoint) -> Row:
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] += tensor.numel
     adapted = any(isinstance(tensor, LowRank) for tensor in checkpoint.tensors.values())
-    architecture = str((config.get("architectures") or ["no config.json"])[0])
+    architecture = small_files.architecture(config) or ("not stated" if config else "no config.json")
     return Row(
         checkpoint.label,
         architecture + (" + LoRA" if adapted else ""),
@@ -147,13 +153,23 @@ def _row(checkpoint: Checkpoint) -> Row:
 
 
 def _tokenizer_digest(checkpoint: Checkpoint) -> str:
-    folder = compat.tokenizer_folder(checkpoint)
+    folder = small_files.tokenizer_folder(checkpoint)
     digest, found = hashlib.sha256(), False
-    for name in compat.TOKENIZER_FILES:
+    for name in small_files.TOKENIZER_FILES:
         if name in folder.sizes():
             found = True
             digest.update(name.encode() + read_bytes(folder, name))
     return digest.hexdigest()[:8] if found else "none"
+
+
+def _check_figure(path: Path, distances: bool) -> None:
+    """Refuses a figure that could not be drawn, before the weights are read for it."""
+    if not distances:
+        raise UsageError("--figure draws distances; add --distances")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--figure: expected a name ending in .png, .svg or .pdf, found {str(path)!r}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--figure: the folder {path.parent} does not exist; make it first")
 
 
 def _draw(whole: Distances, labels: Sequence[str], path: Path) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def effective_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields in which a config differs from the defaults of its model type.
+def effective_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The fields in which a config differs from the defaults of its model type; None where that is not known.
 
     Two versions of transformers write the same model in different words (rope_theta or rope_parameters, defaults
-    spelled out or not); read back by one version they are equal. A config of a model type that this version does not
-    know, or that needs code of its own, is returned as it is.
+    spelled out or not); read back by one version they are equal. Not known are model types that this version does not
+    have, or that bring code of their own, and configs that it cannot read.
 
     >>> short = effective_config({"model_type": "llama"})
     >>> long = effective_config({"model_type": "llama", "rms_norm_eps": 1e-6})
@@ -23,10 +23,9 @@ def effective_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     values = dict(config)
     model_type = values.pop("model_type", None)
     if model_type is None or "auto_map" in values:
-        return config
+        return None
     try:
-        read = AutoConfig.for_model(model_type, **values)
-    except (ValueError, KeyError, TypeError):
-        return config
-    fields: Mapping[str, Any] = read.to_diff_dict()
+        fields: Mapping[str, Any] = AutoConfig.for_model(model_type, **values).to_diff_dict()
+    except Exception:  # noqa: BLE001 - each model type's config class has its own ways to fail on a value
+        return None
     return fields

@@ -16,9 +16,12 @@ from typing import Any
 
 from warmerge.errors import Finding, RefusedError, quoted, some
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, LowRank, Stored, Tensor, read_json
-from warmerge.weights.compat import is_head, num_labels, pad_token_id
+from warmerge.weights.classifier_config import BETWEEN, reward_config
+from warmerge.weights.compat import FINAL_WEIGHTS, is_head
 from warmerge.weights.folder import Folder, read_bytes
 from warmerge.weights.safetensors_format import AVERAGED, parse_header
+from warmerge.weights.small_files import architecture as architecture_of
+from warmerge.weights.small_files import num_labels, pad_token_id
 
 Settings = Mapping[str, Any]
 # Fields that are used below, or that say only how the adapter was trained. Any other field that is set is refused.
@@ -39,17 +42,6 @@ _LM_HEAD = re.compile(
     r"pred_layer|output_projection|generator_predictions|generator_lm_head|discriminator_predictions|"
     r"entity_predictions|lm_predictions|mask_predictions)\.|decoder\.(weight|bias)$"
 )
-_FINAL = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-# What a classifier of the model type has between backbone and head. PEFT saves it only if it is in modules_to_save.
-_BETWEEN = {
-    **dict.fromkeys(["albert", "bert", "ernie", "gte", "megatron-bert", "mobilebert", "nomic_bert"], "pooler"),
-    **dict.fromkeys(["rembert", "roc_bert", "deberta", "deberta-v2"], "pooler"),
-    "distilbert": "pre_classifier",
-    "eurobert": "dense",
-    "modernbert": "head",
-    "modernbert-decoder": "head",
-}
-_ARCHITECTURE = re.compile(r"([A-Z]\w*?)(ForCausalLM|LMHeadModel|ForMaskedLM|ForPreTraining|Model)")
 
 
 @dataclass(frozen=True)
@@ -91,12 +83,12 @@ def read_adapter(folder: Folder, base: Checkpoint) -> Checkpoint:
     settings, factors, whole = _read_files(folder)
     findings = [] if base.config else [Finding(base.label, "has no config.json, which the adapter's full model needs")]
     config = base.config or {}
-    architecture = str((config.get("architectures") or ["unknown"])[0])
+    architecture = architecture_of(config) or "unknown"
     is_classifier = architecture.endswith("ForSequenceClassification")
     gets_head = any(map(is_head, whole)) and not is_classifier and not any(map(is_head, base.tensors))
     prefix = _missing_prefix(factors, base)
     tensors = {name if _is_any_head(name) else prefix + name: tensor for name, tensor in base.tensors.items()}
-    between = _BETWEEN.get(str(config.get("model_type")), "")
+    between = BETWEEN.get(str(config.get("model_type")), "")
     dropped = []
     if gets_head:
         known = {between, *(name.split(".")[0] for name in factors)}
@@ -118,10 +110,12 @@ def read_adapter(folder: Folder, base: Checkpoint) -> Checkpoint:
                 "random one and did not save it. Give the classifier that training started from with --base"
             )
             findings.append(Finding(folder.label, what))
-        config, wrong = _reward_config(config, architecture, tensors, folder)
+        config, wrong = reward_config(config, architecture, tensors, folder)
         findings += wrong
     elif is_classifier:
-        for name in (name for name in _FINAL if name in tensors and tensors[name].shape[0] != num_labels(config)):
+        for name in (
+            name for name in FINAL_WEIGHTS if name in tensors and tensors[name].shape[0] != num_labels(config)
+        ):
             what = f"has {tensors[name].shape[0]} rows, but the base's config.json says {num_labels(config)} labels"
             findings.append(Finding(folder.label, what, name))
     if findings:
@@ -327,48 +321,3 @@ def _by_pattern(settings: Settings, field: str, default: str, module: str) -> An
     """A module's rank or alpha as PEFT resolves it: by the first pattern that matches the end of its name."""
     table = settings.get(field) or {}
     return next((table[key] for key in table if re.match(rf"(.*\.)?({key})$", module)), settings[default])
-
-
-def _reward_config(
-    config: Settings, architecture: str, tensors: Mapping[str, Tensor], folder: Folder
-) -> tuple[Settings, list[Finding]]:
-    """A language model's config made into that of its sequence classifier, with as many labels as the head has rows."""
-    findings = []
-    match = _ARCHITECTURE.fullmatch(architecture)
-    if not match or match[1].endswith(("With", "Base", "Heads", "Encoder", "Decoder", "Vision")):
-        what = f"brings a reward head, which a base of architecture {quoted(architecture)} has no place for"
-        findings.append(Finding(folder.label, what))
-    final = [tensors[name].shape for name in _FINAL if name in tensors]
-    if len(final) != 1 or len(final[0]) != 2:
-        what = f"has the head {some(filter(is_head, tensors))}; expected a matrix named {' or '.join(_FINAL)}"
-        findings.append(Finding(folder.label, what))
-    if findings or not match:
-        return config, findings
-    # Gemma3ForCausalLM is of model type gemma3_text, whose classifier is Gemma3TextForSequenceClassification.
-    text = "Text" if str(config.get("model_type")).endswith("_text") and not match[1].endswith("Text") else ""
-    rows = range(final[0][0])
-    pad = _tokenizer_pad_id(folder) if pad_token_id(config) is None else None
-    changed = {
-        "architectures": [f"{match[1]}{text}ForSequenceClassification"],
-        "id2label": {str(row): f"LABEL_{row}" for row in rows},
-        "label2id": {f"LABEL_{row}": row for row in rows},
-        **({} if pad is None else {"pad_token_id": pad}),
-    }
-    return {key: value for key, value in config.items() if key != "num_labels"} | changed, []
-
-
-def _tokenizer_pad_id(folder: Folder) -> int | None:
-    """The padding token's id by the tokenizer's own files; None where they do not say it."""
-    settings = read_json(folder, "tokenizer_config.json") or {}
-    tokenizer = read_json(folder, "tokenizer.json") or {}
-    try:
-        token = settings.get("pad_token") or (read_json(folder, "special_tokens_map.json") or {}).get("pad_token")
-        token = token["content"] if isinstance(token, dict) else token
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # Unigram: [token, log probability] in the order of ids
-            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-        ids = vocabulary | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
-        ids |= {added["content"]: int(number) for number, added in settings.get("added_tokens_decoder", {}).items()}
-        return ids.get(token) if token else None
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
-        return None

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from warmerge.errors import Finding, InterruptedMerge, RefusedError, UsageError, WarmergeError
+from warmerge.errors import Finding, InterruptedMerge, RefusedError, UsageError, WarmergeError, plain
 from warmerge.weights.folder import LocalFolder
+from warmerge.weights.kernels import INTEGER_DTYPE
 from warmerge.weights.output import (
     MANIFEST,
     Output,
@@ -31,8 +32,16 @@ from warmerge.weights.rules import Coefficients
 from warmerge.weights.stream import Engine, coefficients_of, refuse_unequal_integers
 
 
-def default_threads() -> int:
-    """The processors that this process may use, at most 16: past that the disk or the memory is the limit."""
+def choose_threads(threads: int | None) -> int:
+    """`threads`, or without a wish the processors this process may use, at most 16: past that the disk is the limit.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads: expected 1 or more, found {threads}")
+        return threads
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, allowed)
 
@@ -67,6 +76,7 @@ def write_merge(
     manifest: dict[str, Any],
     *,
     fingerprint: str,
+    overwrite: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Writes the merged checkpoint to `out` and returns its manifest, completed with coefficients and timings.
@@ -81,7 +91,8 @@ def write_merge(
         WarmergeError: the disk is full or failed; the finished shards are kept.
     """
     refuse_unequal_integers(plan)
-    output = open_output(out, plan, fingerprint, resume, extra_bytes=sum(map(len, files.values())) + 1_000_000)
+    extra = sum(map(len, files.values())) + 1_000_000
+    output = open_output(out, plan, fingerprint, overwrite=overwrite, resume=resume, extra_bytes=extra)
     resumed = sorted(output.finished)
     try:
         seconds = _write_shards(plan, output, engine)
@@ -100,7 +111,8 @@ def write_merge(
     except KeyboardInterrupt:
         raise InterruptedMerge(f"stopped; {_kept(output, plan)}") from None
     except OSError as error:
-        raise WarmergeError(f"{error.strerror or error} while writing {out}; {_kept(output, plan)}") from error
+        what = f"{plain(str(error.filename or out))}: {error.strerror or error}"
+        raise WarmergeError(f"{what}; {_kept(output, plan)}") from error
     finally:
         os.close(output.lock)
     return manifest
@@ -123,6 +135,9 @@ def merge_into(plan: MergePlan, parameters: Mapping[str, torch.Tensor], engine: 
             findings.append(Finding("model", "is in the checkpoints but not in the model", tensor.name))
         elif tuple(target.shape) != tensor.shape:
             what = f"has shape {list(target.shape)} in the model, {list(tensor.shape)} in the checkpoints"
+            findings.append(Finding("model", what, tensor.name))
+        elif not (target.is_floating_point() if tensor.averaged else target.dtype == INTEGER_DTYPE[tensor.dtype]):
+            what = f"is {target.dtype} in the model, {tensor.dtype} in the checkpoints"
             findings.append(Finding("model", what, tensor.name))
         elif not target.is_contiguous():
             findings.append(Finding("model", "is not contiguous in the model; call .contiguous() on it", tensor.name))
@@ -158,6 +173,8 @@ def plan_fingerprint(plan: MergePlan, contents: Sequence[str]) -> str:
     for shard in plan.shards:
         digest.update(shard.file.encode() + shard.header)
         digest.update("".join("+" if tensor.merged else "=" for tensor in shard.tensors).encode())
+        for part in (part for tensor in shard.tensors if not tensor.merged for part in tensor.members[0].parts):
+            digest.update(f"{part.folder.identity}\0{part.file}\0{part.offset}\0".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,18 +117,26 @@ class Checkpoint:
         return sum(tensor.numel for tensor in self.tensors.values())
 
 
-def read_json(folder: Folder, file: str) -> Any:
-    """A JSON file of the folder, or None where there is no such file.
+def read_json(folder: Folder, file: str) -> dict[str, Any] | None:
+    """A JSON object in a file of the folder, or None where there is no such file.
 
     Raises:
-        RefusedError: the file is not JSON.
+        RefusedError: the file is not JSON, or not an object.
     """
     if file not in folder.sizes():
         return None
+    content = parse_json(read_bytes(folder, file))
+    if not isinstance(content, dict):
+        raise RefusedError([Finding(f"{folder.label}/{file}", "is not a JSON object; it is damaged")])
+    return content
+
+
+def parse_json(text: bytes) -> Any:
+    """What a JSON text says; None also where it is not JSON."""
     try:
-        return json.loads(read_bytes(folder, file))
+        return json.loads(text)
     except (ValueError, RecursionError):
-        raise RefusedError([Finding(f"{folder.label}/{file}", "is not JSON; it is damaged")]) from None
+        return None
 
 
 def read_checkpoint(folder: Folder, only_file: str | None = None) -> Checkpoint:
@@ -169,12 +177,12 @@ def read_checkpoint(folder: Folder, only_file: str | None = None) -> Checkpoint:
     if findings:
         raise RefusedError(findings)
     config = read_json(folder, "config.json")
-    if config is not None and not isinstance(config, dict):
-        raise RefusedError([Finding(f"{folder.label}/config.json", "is not a JSON object; it is damaged")])
+    if config is not None and (wrong := _wrong_types(config)):
+        raise RefusedError([Finding(f"{folder.label}/config.json", what) for what in wrong])
     return Checkpoint(folder.label, folder, tensors, config)
 
 
-def _choose_files(folder: Folder, index: Any) -> list[str]:
+def _choose_files(folder: Folder, index: Mapping[str, Any] | None) -> list[str]:
     names = folder.sizes()
     weights = [name for name in names if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS]
     if index is not None:
@@ -196,9 +204,9 @@ def _choose_files(folder: Folder, index: Any) -> list[str]:
     return _complete_shards(folder.label, weights)
 
 
-def _indexed_files(folder: Folder, index: Any, weights: Sequence[str]) -> list[str]:
+def _indexed_files(folder: Folder, index: Mapping[str, Any], weights: Sequence[str]) -> list[str]:
     where = f"{folder.label}/{INDEX}"
-    table = index.get("weight_map") if isinstance(index, dict) else None
+    table = index.get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
         raise RefusedError([Finding(where, "has no weight_map of tensor names to file names; it is damaged")])
     files = sorted(set(table.values()))
@@ -235,6 +243,23 @@ def _complete_shards(label: str, weights: Sequence[str]) -> list[str]:
             what = f"has shards {numbers} of {sorted(counts)} and no index; some are missing or from another model"
             raise RefusedError([Finding(label, what)])
     return sorted(weights)
+
+
+def _wrong_types(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the fields that the checks look at; null counts as not given."""
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "architectures": ("a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v)),
+        "model_type": ("a name", lambda v: isinstance(v, str)),
+        "num_labels": ("a number", lambda v: type(v) is int),
+        "id2label": ("a table", lambda v: isinstance(v, dict)),
+        "text_config": ("a table", lambda v: isinstance(v, dict)),
+    }
+    given = {field: config[field] for field in expected if config.get(field) is not None}
+    return [
+        f"has {field} {json.dumps(value)[:60]}, expected {expected[field][0]}; it is damaged"
+        for field, value in given.items()
+        if not expected[field][1](value)
+    ]
 
 
 def refuse_lone_shard(folder: Folder, file: str) -> None:

@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from warmerge.errors import Finding, RefusedError, plain
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.compat import is_head
 from warmerge.weights.plan import TensorPlan, natural_order
 from warmerge.weights.safetensors_format import AVERAGED
-from warmerge.weights.stream import Engine
+from warmerge.weights.stream import Engine, refuse_nonfinite
 
 Matrix = list[list[float]]
 
@@ -38,17 +40,30 @@ def measure_distances(
     """Reads every weight once. The first entry is the whole model, the others its parts in order, heads last.
 
     Raises:
-        RefusedError: a file changed while it was read.
+        RefusedError: shapes differ, a value is NaN or Inf, no name is common to all, or a file changed meanwhile.
     """
     everything = [*members, *([] if base is None else [base])]
     names = [name for name, tensor in members[0].tensors.items() if tensor.dtype in AVERAGED and tensor.numel]
     names = [name for name in names if all(name in checkpoint.tensors for checkpoint in everything)]
+    if not names:
+        what = "has no tensor in common with the others; are they of one model family, with the same names?"
+        raise RefusedError([Finding(everything[-1].label, what)])
+    findings = []
+    for name in names:
+        for checkpoint in everything[1:]:
+            shape, expected = checkpoint.tensors[name].shape, members[0].tensors[name].shape
+            if shape != expected:
+                what = f"has shape {list(shape)}, expected {list(expected)} as in {plain(members[0].label)}"
+                findings.append(Finding(checkpoint.label, what, name))
+    if findings:
+        raise RefusedError(findings)
     plans = []
     for name in names:
         tensors = tuple(checkpoint.tensors[name] for checkpoint in everything)
         plans.append(TensorPlan(name, tensors[0].dtype, tensors[0].shape, tensors, None, merged=True))
     engine = Engine(threads, progress=progress or (lambda nbytes: None))
     grams = engine.grams(plans)
+    refuse_nonfinite([plan for plan in plans if not all(map(math.isfinite, chain(*grams[plan.name])))], engine)
     groups: dict[str, list[TensorPlan]] = {"all": plans}
     for plan in sorted(plans, key=lambda plan: (is_head(plan.name), natural_order(plan.name))):
         groups.setdefault(layer_of(plan.name), []).append(plan)
@@ -87,7 +102,8 @@ def _distances(group: str, plans: Sequence[TensorPlan], grams: Mapping[str, Matr
 
     def cosine(i: int, j: int) -> float:
         inner = total[i][j] - total[i][b] - total[j][b] + total[b][b]
-        return max(-1.0, min(1.0, ratio(inner, norms[i] * norms[j]))) if i != j else ratio(norms[i], norms[i])
+        value = ratio(inner, norms[i] * norms[j]) if i != j else ratio(norms[i], norms[i])
+        return value if math.isnan(value) else max(-1.0, min(1.0, value))
 
     drift = [ratio(norm, math.sqrt(total[b][b])) for norm in norms]
     cosines = [[cosine(i, j) for j in range(count)] for i in range(count)]

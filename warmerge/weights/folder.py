@@ -66,7 +66,10 @@ class LocalFolder:
         The file is opened anew each time (some 5 us): a checkpoint of any number of shards costs no open
         descriptors, and a file replaced, grown or cut while it is read is noticed at the next tile.
         """
-        descriptor = os.open(self.path / file, os.O_RDONLY)
+        try:
+            descriptor = os.open(self.path / file, os.O_RDONLY)
+        except FileNotFoundError:
+            raise self._changed(file) from None
         try:
             if _state(os.fstat(descriptor)) != self.states[file]:
                 raise self._changed(file)
@@ -76,17 +79,14 @@ class LocalFolder:
                 if count == 0:
                     raise self._changed(file)
                 done += count
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{self.label}/{file}") from error
         finally:
             os.close(descriptor)
 
     def _changed(self, file: str) -> RefusedError:
-        return RefusedError(
-            [
-                Finding(
-                    f"{self.label}/{file}", "changed while it was read (size, time or inode); merge it when it is still"
-                )
-            ]
-        )
+        what = "changed while it was read (size, time or inode), or was removed; merge it when it is still"
+        return RefusedError([Finding(f"{self.label}/{file}", what)])
 
 
 def open_folder(path: Path, label: str) -> LocalFolder:

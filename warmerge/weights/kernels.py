@@ -16,6 +16,12 @@ import torch
 from warmerge.weights.checkpoint import LowRank, Stored, Tensor
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INTEGER_DTYPE = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+}  # fmt: skip
+# Bits of a float32 that are all zero in a value halfway between two neighbours of the 16-bit type.
+_HALFWAY = {torch.bfloat16: 0x7FFF, torch.float16: 0x0FFF}
 # 256 Ki elements: large enough to hide the interpreter, small enough for the accumulator to stay in the cache.
 # The Gram matrix is summed tile by tile, so its last bit depends on this number; a mean's bits do not.
 TILE = 1 << 18
@@ -40,6 +46,7 @@ class Workspace:
         self.device_out = torch.empty(elements * 8, dtype=torch.uint8, device=device) if self.cuda else self.host_out
         self.accumulator = torch.empty(elements, dtype=torch.float64, device=device)
         self.wide = torch.empty(elements, dtype=torch.float64, device=device)
+        self.single = torch.empty(elements, dtype=torch.float32, device=device)
         self._factors: tuple[LowRank, torch.Tensor, torch.Tensor] | None = None
 
     def active(self) -> contextlib.AbstractContextManager[object]:
@@ -121,8 +128,28 @@ def weighted_sum(
     if poison != 0:  # NaN: 0 * NaN and 0 * Inf
         total.fill_(poison)
     out = work.device_out[: total.numel() * dtype.itemsize].view(dtype)
-    out.copy_(total)
+    _round(total, out, work)
     return work.download(out)
+
+
+def _round(total: torch.Tensor, out: torch.Tensor, work: Workspace) -> None:
+    """out = total, rounded once, to nearest, ties to even.
+
+    torch casts float64 to a 16-bit type by way of float32, which rounds twice: where the first rounding ends on a tie
+    of the second, the side on which the value lies is lost. There the float32 value is moved one step towards it. (The
+    test also finds values that the 16-bit type has; one step of float32 does not change how they are rounded.)
+    """
+    if out.dtype not in _HALFWAY:
+        out.copy_(total)
+        return
+    single, exact = work.single[: total.numel()], work.wide[: total.numel()]
+    single.copy_(total)
+    exact.copy_(single)
+    doubtful = (exact != total).logical_and_((single.view(torch.int32) & _HALFWAY[out.dtype]) == 0)
+    if doubtful.any():
+        direction = torch.where(total[doubtful] > exact[doubtful], math.inf, -math.inf).float()
+        single[doubtful] = torch.nextafter(single[doubtful], direction)
+    out.copy_(single)
 
 
 def finite(tile: torch.Tensor) -> bool:

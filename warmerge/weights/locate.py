@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
 from warmerge.weights import adapter, remote
 from warmerge.weights.checkpoint import (
     ADAPTER_CONFIG,
@@ -18,8 +18,8 @@ from warmerge.weights.checkpoint import (
     read_checkpoint,
     refuse_lone_shard,
 )
-from warmerge.weights.compat import OTHER_FILES, TOKENIZER_FILES
 from warmerge.weights.folder import Folder, open_folder
+from warmerge.weights.small_files import OTHER_FILES, TOKENIZER_FILES
 
 
 def open_checkpoint(spec: str | Path, base: str | Path | None = None) -> Checkpoint:
@@ -42,7 +42,7 @@ def open_checkpoint(spec: str | Path, base: str | Path | None = None) -> Checkpo
         return read_checkpoint(folder)
     full = [name for name in folder.sizes() if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS]
     if full:
-        what = f"holds both an adapter and full weights ({full[0]}); give the one that is meant, in a folder of its own"
+        what = f"holds both an adapter and full weights ({quoted(full[0])}); give one of them, in a folder of its own"
         raise RefusedError([Finding(label, what)])
     named = base if base is not None else adapter.base_named_by(folder)
     if named is None:

@@ -6,6 +6,7 @@ the disk; only when all is there do the shards get their names, the index last, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,14 +19,14 @@ from typing import Any
 import torch
 
 from warmerge.errors import UsageError, WarmergeError
-from warmerge.weights.checkpoint import INDEX
+from warmerge.weights.checkpoint import INDEX, parse_json
 from warmerge.weights.kernels import memory
 from warmerge.weights.plan import MergePlan, Shard, TensorPlan
 from warmerge.weights.safetensors_format import BITS
 
 MANIFEST = "warmerge.json"
 _PROGRESS = "progress.json"
-_LOCK = "lock"
+_LOCK = ".warmerge.lock"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """
     if out.is_symlink():
         raise UsageError(f"{out} is a link; give the folder itself")
-    target = out.resolve()
-    for folder in (path.resolve() for path in inputs):
-        if target == folder or folder in target.parents or target in folder.parents:
-            raise UsageError(f"{out} is, lies in, or holds the input {folder}; choose another folder for -o")
+    for written in (out, _partial(out), _old(out)):
+        target = written.resolve()
+        for folder in (path.resolve() for path in inputs):
+            if target == folder or folder in target.parents or target in folder.parents:
+                raise UsageError(f"{written} is, lies in, or holds the input {folder}; choose another folder for -o")
     if not out.exists():
         return
     if not out.is_dir():
@@ -68,10 +70,13 @@ def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         )
 
 
-def open_output(out: Path, plan: MergePlan, fingerprint: str, resume: bool, extra_bytes: int) -> Output:
+def open_output(
+    out: Path, plan: MergePlan, fingerprint: str, *, overwrite: bool, resume: bool, extra_bytes: int
+) -> Output:
     """Makes the hidden sibling folder, or takes up the one that an interrupted merge left.
 
     Args:
+        overwrite: as for `check_out`, which is asked again now that no other merge can write there.
         fingerprint: stands for the inputs and the plan; only a run with the same one is continued.
         extra_bytes: what will be written beside the weights, for the check of free space.
 
@@ -79,28 +84,30 @@ def open_output(out: Path, plan: MergePlan, fingerprint: str, resume: bool, extr
         UsageError: `resume` without anything to resume, or from other inputs or another plan.
         WarmergeError: another merge is writing there, or the disk has not enough room.
     """
-    partial = out.parent / f".{out.name}.partial"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = _partial(out), _old(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out.parent} cannot be made ({error.strerror}); choose another -o") from None
     if resume and not (partial / _PROGRESS).is_file():
         raise UsageError(f"nothing to resume: no interrupted merge into {out}")
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = _lock(out, partial)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise WarmergeError(
-            f"another merge is writing {out} at this moment; wait for it or choose another -o"
-        ) from None
-    try:
+        if old.is_dir() and not out.exists():  # an overwrite was stopped between its two renames
+            os.rename(old, out)
+        check_out(out, (), overwrite)
         finished = _finished(out, partial, plan, fingerprint) if resume else {}
-        _clear(partial, keep={f"{file}.part" for file in finished} | {_LOCK})
+        kept = {f"{file}.part" for file in finished} | {_LOCK}
+        stale = [entry for entry in partial.iterdir() if entry.name not in kept]
         needed = extra_bytes + sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
-        free = shutil.disk_usage(partial).free
+        free = shutil.disk_usage(partial).free + sum(entry.stat().st_blocks * 512 for entry in stale)
         if needed > free:
-            if not finished:
+            if not resume:
                 shutil.rmtree(partial)
             raise WarmergeError(f"{out.parent}: {needed:,} bytes are needed, {free:,} are free; nothing was written")
+        for entry in stale:
+            entry.unlink()
         _write_progress(partial, fingerprint, finished)
     except BaseException:
         os.close(lock)
@@ -115,10 +122,14 @@ class ShardFile:
         self.output, self.shard = output, shard
         self.path = output.partial / f"{shard.file}.part"
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self.descriptor, 0, shard.nbytes)
-        else:  # macOS
-            os.ftruncate(self.descriptor, shard.nbytes)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.descriptor, 0, shard.nbytes)
+            else:  # macOS
+                os.ftruncate(self.descriptor, shard.nbytes)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, tensor: TensorPlan, start: int, tile: torch.Tensor) -> None:
         """Puts elements start.. of a tensor in their place; any thread, any order."""
@@ -154,15 +165,15 @@ def publish(output: Output, plan: MergePlan) -> None:
         os.rename(output.partial / f"{shard.file}.part", output.partial / shard.file)
     if len(plan.shards) > 1:
         _write_synced(output.partial / INDEX, index_json(plan))
-    for name in (_PROGRESS, _LOCK):
-        (output.partial / name).unlink()
+    (output.partial / _PROGRESS).unlink()
     _sync_folder(output.partial)
-    old = output.out.parent / f".{output.out.name}.old"
+    old = _old(output.out)
     if output.out.exists() and any(output.out.iterdir()):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(output.out, old)
     os.rename(output.partial, output.out)
     _sync_folder(output.out.parent)
+    (output.out / _LOCK).unlink()  # only now: until the rename no other merge may touch the folder
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -184,12 +195,33 @@ def index_json(plan: MergePlan) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _finished(out: Path, partial: Path, plan: MergePlan, fingerprint: str) -> dict[str, Any]:
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _lock(out: Path, partial: Path) -> int:
+    """A descriptor that holds the only lock on `partial`. File systems without locks are taken as they are."""
+    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        progress: Mapping[str, Any] = json.loads((partial / _PROGRESS).read_bytes())
-    except ValueError:
-        progress = {}
-    if progress.get("fingerprint") != fingerprint:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError as error:
+        held = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    path = partial / _LOCK
+    # Another merge may have renamed the folder to OUT since this file was opened.
+    if not held or not path.exists() or path.stat().st_ino != os.fstat(lock).st_ino:
+        os.close(lock)
+        raise WarmergeError(f"another merge is writing {out} at this moment; wait for it or choose another -o")
+    return lock
+
+
+def _finished(out: Path, partial: Path, plan: MergePlan, fingerprint: str) -> dict[str, Any]:
+    progress = parse_json((partial / _PROGRESS).read_bytes())
+    if not isinstance(progress, dict) or progress.get("fingerprint") != fingerprint:
         raise UsageError(
             f"the interrupted merge into {out} had other inputs or another plan; start again without --resume"
         )
@@ -203,12 +235,6 @@ def _finished(out: Path, partial: Path, plan: MergePlan, fingerprint: str) -> di
                 if file.read(len(shard.header)) == shard.header:
                     finished[shard.file] = notes[shard.file]
     return finished
-
-
-def _clear(partial: Path, keep: set[str]) -> None:
-    for entry in partial.iterdir():
-        if entry.name not in keep:
-            entry.unlink()
 
 
 def _write_progress(partial: Path, fingerprint: str, finished: Mapping[str, Any]) -> None:

@@ -24,6 +24,10 @@ class Options:
     lam: float | None = None
     eta: float | None = None
 
+    def given(self) -> dict[str, object]:
+        """The options that were chosen. 0.0 is a choice, None and False are not."""
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
+
 
 FLAGS = {"weights": "--weights", "normalize": "--normalize", "lam": "--lambda", "eta": "--eta"}
 
@@ -66,9 +70,9 @@ def weighted(count: int, options: Options, gram: Gram | None = None) -> Coeffici
     if weights is None or len(weights) != count:
         found = "none" if weights is None else str(len(weights))
         raise UsageError(f"--weights: expected {count} numbers, one for each checkpoint, found {found}")
-    total = math.fsum(weights)
-    if not all(map(math.isfinite, weights)) or total <= 0:
+    if not all(map(math.isfinite, weights)) or not 0 < sum(weights) < math.inf:
         raise UsageError(f"--weights must be finite and have a positive sum; found {list(weights)}")
+    total = math.fsum(weights)
     if options.normalize:
         return Coefficients(weights, divisor=total)
     if not math.isclose(total, 1, abs_tol=1e-6):
@@ -91,10 +95,8 @@ def slerp(count: int, options: Options, gram: Gram | None = None) -> Coefficient
 
     WARP, section 3.2 (arXiv 2406.16768), tensor by tensor. Omega is the angle between the two task vectors. More
     than two members are merged one after the other, the m-th with l = 1/m, so their order matters a little. Task
-    vectors that are zero or parallel have no arc: the straight line is taken.
-
-    Raises:
-        ArithmeticError: task vectors point in exactly opposite directions.
+    vectors that are zero, parallel or exactly opposite (always so in a tensor of one element) have no arc of their
+    own: the straight line is taken.
     """
     assert gram is not None
     if count > 2 and options.lam is not None:
@@ -169,7 +171,7 @@ def check_options(rule: Rule, options: Options, count: int, has_base: bool) -> N
     problems = [
         f"{flag} is not used by --rule {rule.name}"
         for field, flag in FLAGS.items()
-        if getattr(options, field) not in (None, False) and field not in rule.options
+        if field in options.given() and field not in rule.options
     ]
     if rule.needs_base and not has_base:
         problems.append(f"--rule {rule.name} needs --base, the checkpoint that the members started from")
@@ -193,16 +195,14 @@ def _cosine(a: Sequence[float], b: Sequence[float], gram: Gram) -> float | None:
     def inner(x: Sequence[float], y: Sequence[float]) -> float:
         return math.fsum(x[i] * y[j] * gram[i][j] for i in range(len(x)) for j in range(len(y)))
 
-    norms = inner(a, a) * inner(b, b)
-    if norms <= 0:
+    norms = [math.sqrt(max(0.0, inner(v, v))) for v in (a, b)]
+    if 0 in norms:
         return None
-    return max(-1.0, min(1.0, inner(a, b) / math.sqrt(norms)))
+    return max(-1.0, min(1.0, inner(a, b) / norms[0] / norms[1]))
 
 
 def _arc(cosine: float | None, lam: float) -> tuple[float, float]:
-    if cosine is None or cosine > 1 - 1e-12:
+    if cosine is None or abs(cosine) > 1 - 1e-12:
         return 1 - lam, lam
-    if cosine < -1 + 1e-12:
-        raise ArithmeticError("has task vectors in exactly opposite directions, between which no arc is shortest")
     omega = math.acos(cosine)
     return math.sin((1 - lam) * omega) / math.sin(omega), math.sin(lam * omega) / math.sin(omega)

@@ -27,6 +27,8 @@ COMPARED = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U6
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 # The format allows 100 MB, which costs a reader about 1 GB; 25 MB is 100,000 tensors and more.
 HEADER_LIMIT = 25_000_000
+# More than any framework's tensors have; the product of a long list of sizes takes minutes to compute.
+DIMENSIONS = 64
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -114,8 +116,8 @@ def _parse_json(text: bytes, refuse: Callable[[str], RefusedError]) -> dict[str,
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise refuse(f"has {quoted(twice)} twice in its header")
         return table
 
@@ -134,18 +136,22 @@ def _parse_json(text: bytes, refuse: Callable[[str], RefusedError]) -> dict[str,
 
 def _parse_entry(name: str, entry: Any, data: int, refuse: Callable[[str], RefusedError]) -> TensorHeader:
     def sizes(value: Any) -> bool:
-        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+        few = isinstance(value, list) and len(value) <= DIMENSIONS
+        return few and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse(f"has a damaged header entry for tensor {quoted(name)}")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise refuse(f"has a tensor name that is not Unicode text: {quoted(name)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise refuse(f"has tensor {quoted(name)} of unknown dtype {quoted(str(dtype))}")
     if not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
         raise refuse(f"has a damaged shape or offset for tensor {quoted(name)}")
     bits, found = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
+    needed = f"{bits // 8}" if bits % 8 == 0 else f"{bits}/8"
     if bits != found * 8:
-        raise refuse(f"gives tensor {quoted(name)} {found} bytes where {dtype} {shape} needs {bits / 8:g}")
+        raise refuse(f"gives tensor {quoted(name)} {found} bytes where {dtype} {shape} needs {needed}")
     return TensorHeader(dtype, tuple(shape), data + offsets[0], found)
 
 

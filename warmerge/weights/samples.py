@@ -62,15 +62,28 @@ def doubts(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Fin
 
 
 def same_contents(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:
-    """Members whose samples are equal in every tensor: one checkpoint under two names, perhaps in other shards."""
+    """Members with the same weights, byte for byte: one checkpoint under two names, perhaps in other shards.
+
+    Only members whose samples are equal are read in full.
+    """
     findings: list[Finding] = []
-    seen: dict[str, str] = {}
+    seen: dict[str, Checkpoint] = {}
     for member, sample in zip(members, samples, strict=True):
-        if sample.fingerprint in seen:
-            what = f"has the same weights as {plain(seen[sample.fingerprint])}; --allow-duplicates counts them twice"
+        first = seen.setdefault(sample.fingerprint, member)
+        if first is not member and _same_bytes(first, member):
+            what = f"has the same weights as {plain(first.label)}; --allow-duplicates counts them twice"
             findings.append(Finding(member.label, what))
-        seen.setdefault(sample.fingerprint, member.label)
     return findings
+
+
+def _same_bytes(a: Checkpoint, b: Checkpoint, block: int = 1 << 22) -> bool:
+    return all(
+        read_bytes(one.folder, one.file, one.offset + start, min(block, one.nbytes - start))
+        == read_bytes(two.folder, two.file, two.offset + start, min(block, one.nbytes - start))
+        for name in a.tensors
+        for one, two in zip(a.tensors[name].parts, b.tensors[name].parts, strict=True)
+        for start in range(0, one.nbytes, block)
+    )
 
 
 def _heads(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:

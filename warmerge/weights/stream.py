@@ -11,7 +11,7 @@ from itertools import chain
 
 import torch
 
-from warmerge.errors import Finding, RefusedError
+from warmerge.errors import Finding, RefusedError, plain
 from warmerge.weights.checkpoint import Tensor
 from warmerge.weights.folder import read_bytes
 from warmerge.weights.kernels import TILE, TORCH_DTYPE, Workspace, finite, gram, one_thread_per_kernel, weighted_sum
@@ -130,7 +130,7 @@ def coefficients_of(plan: MergePlan, tensors: Sequence[TensorPlan], engine: Engi
     """Each tensor's coefficients: the rule's constants, or what it makes of the tensor's Gram matrix.
 
     Raises:
-        RefusedError: a tensor for which the rule is not defined.
+        RefusedError: a value that is not finite.
     """
     floating = [tensor for tensor in tensors if tensor.averaged]
     merged = [tensor for tensor in floating if tensor.merged]
@@ -138,21 +138,17 @@ def coefficients_of(plan: MergePlan, tensors: Sequence[TensorPlan], engine: Engi
     constant = plan.constant_coefficients()
     if constant is not None:
         return chosen | {tensor.name: constant for tensor in merged}
-    findings = []
-    for name, products in engine.grams(merged).items():
-        if not all(math.isfinite(value) for value in chain.from_iterable(products)):
-            continue  # a NaN or Inf in an input: found and named below
-        try:
-            chosen[name] = plan.rule.coefficients(len(plan.members), plan.options, products)
-        except ArithmeticError as error:
-            findings.append(Finding(f"--rule {plan.rule.name}", str(error), name))
-    unfinished = [tensor for tensor in merged if tensor.name not in chosen]
-    placeholder = {t.name: Coefficients((1.0,) * len(plan.members), base=1.0) for t in unfinished}
-    engine.merge(unfinished, placeholder, lambda tensor, start, tile: None)
-    findings += engine.bad.values()
-    if findings:
-        raise RefusedError(findings)
-    return chosen
+    grams = engine.grams(merged)
+    refuse_nonfinite([t for t in merged if not all(map(math.isfinite, chain(*grams[t.name])))], engine)
+    measured = {name: plan.rule.coefficients(len(plan.members), plan.options, gram) for name, gram in grams.items()}
+    return chosen | measured
+
+
+def refuse_nonfinite(tensors: Sequence[TensorPlan], engine: Engine) -> None:
+    """Looks for the NaN or Inf that made a Gram matrix of these tensors one, and raises RefusedError naming it."""
+    plain_sums = {tensor.name: Coefficients((1.0,) * len(tensor.members), base=1.0) for tensor in tensors}
+    engine.merge(tensors, plain_sums, lambda tensor, start, tile: None)
+    engine.refuse_bad()
 
 
 def refuse_unequal_integers(plan: MergePlan) -> None:
@@ -169,7 +165,9 @@ def refuse_unequal_integers(plan: MergePlan) -> None:
             for start in range(0, tensor.numel, TILE):
                 stop = min(start + TILE, tensor.numel)
                 if not torch.equal(_raw_tile(tensor.members[0], start, stop), _raw_tile(member, start, stop)):
-                    what = f"({member.dtype}) differs from {plan.members[0].label}'s; integers cannot be averaged"
+                    what = (
+                        f"({member.dtype}) differs from {plain(plan.members[0].label)}'s; integers cannot be averaged"
+                    )
                     findings.append(Finding(checkpoint.label, what, tensor.name))
                     break
     if findings:
