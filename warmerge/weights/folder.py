@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from warmerge.errors import Finding, RefusedError, UsageError, quoted
 
@@ -36,8 +36,7 @@ def read_bytes(folder: Folder, file: str, offset: int = 0, length: int | None = 
     return bytes(buffer)
 
 
-@dataclass(frozen=True)
-class FileState:
+class FileState(NamedTuple):
     """What must stay the same in a file while it is being merged."""
 
     size: int
@@ -67,7 +66,7 @@ class LocalFolder:
         descriptors, and a file replaced, grown or cut while it is read is noticed at the next tile.
         """
         try:
-            descriptor = os.open(self.path / file, os.O_RDONLY)
+            descriptor = os.open(f"{self.path!s}/{file}", os.O_RDONLY)  # a Path would cost more than the call
         except FileNotFoundError:
             raise self._changed(file) from None
         try:
