@@ -4,7 +4,10 @@ The copy floor reads every input byte and writes every output byte with the same
 arithmetic. mergekit runs from an environment of its own; its imports are timed apart, because they say nothing about
 merging. Every output is compared with the float64 mean, rounded once.
 
-    python benchmarks/average.py WORK --mergekit ENVIRONMENT/bin/python --gigabytes 2
+    python benchmarks/average.py /dev/shm/work --caches warm --mergekit ENVIRONMENT/bin/python
+    python benchmarks/average.py WORK --caches cold --mergekit ENVIRONMENT/bin/python
+
+A folder in memory keeps the disk's own work (writing back, discarding) out of the warm cases.
 """
 
 from __future__ import annotations
@@ -101,7 +104,10 @@ def copy_floor(members: list[Path], out: Path, threads: int) -> float:
         thread.start()
     for thread in pool:
         thread.join()
-    return time.perf_counter() - begun
+    elapsed = time.perf_counter() - begun
+    for descriptor in (*outputs, *(descriptor for group in inputs for descriptor in group)):
+        os.close(descriptor)
+    return elapsed
 
 
 MERGEKIT = """
@@ -204,6 +210,8 @@ def drop_caches() -> bool:
 
 
 def warm(members: list[Path]) -> None:
+    """Everything written before is on the disk, every input byte in the page cache."""
+    os.sync()
     for member in members:
         for file in member.glob("*.safetensors"):
             with file.open("rb", buffering=0) as stream:
@@ -231,7 +239,7 @@ def case(work: Path, count: int, dtype: torch.dtype, members: list[Path], args: 
     }
     if args.mergekit:
         peers["mergekit"] = [args.mergekit, str(scripts["mergekit"]), str(recipe), str(out), str(args.threads)]
-    for cache in ("warm", "cold"):
+    for cache in args.caches:
         if cache == "cold" and not drop_caches():
             continue
         phases: dict[str, list[float]] = {"copy floor": []}
@@ -278,7 +286,8 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of each warm case; the median is printed")
+    parser.add_argument("--caches", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     table = [

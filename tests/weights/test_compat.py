@@ -562,6 +562,20 @@ def test_a_reward_scale_equal_but_for_its_last_digit_is_not_doubted(rm: Writer) 
 # --- one checkpoint twice -------------------------------------------------------------------------------------------
 
 
+def test_damaged_files_and_what_the_others_lack_are_refused_together(rm: Writer) -> None:
+    cut, headless = rm("cut", seed=1), rm("headless", seed=2, drop=("score.weight",))
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(RefusedError) as caught:
+        prepare([cut, headless, rm("whole", seed=3)])
+    named = [(finding.where, finding.tensor) for finding in caught.value.findings]
+    assert (f"{cut}/model.safetensors", None) in named
+    assert (str(headless), None) in named  # no reward head
+    assert any(
+        finding.where.endswith("whole") and finding.tensor == "score.weight" for finding in caught.value.findings
+    )
+
+
 def test_one_member_is_no_merge(rm: Writer) -> None:
     a = rm("a")
     with pytest.raises(RefusedError) as caught:

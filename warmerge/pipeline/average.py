@@ -97,7 +97,11 @@ def prepare(
     tokenizer = _position("--tokenizer-from", tokenizer_from, len(checkpoints))
     shard_bytes = parse_size(max_shard_size)
 
-    members, base_checkpoint = _open_all(checkpoints, base)
+    members, base_checkpoint, damaged = _open_all(checkpoints, base)
+    if damaged:
+        # What can be opened is checked too: the user learns of everything at once.
+        more = compat.check(members, any_model=any_model)[0] if members and not selection.partial else []
+        raise RefusedError([*damaged, *more])
     refusals, warnings = compat.check(
         members,
         base=base_checkpoint,
@@ -234,8 +238,10 @@ def _engine(threads: int | None, device: torch.device, progress: Callable[[int],
     return Engine(choose_threads(threads), device, progress=progress or (lambda nbytes: None))
 
 
-def _open_all(checkpoints: Sequence[Spec], base: Spec | None) -> tuple[list[Checkpoint], Checkpoint | None]:
-    """Opens everything before refusing anything: the user learns of all damaged files at once."""
+def _open_all(
+    checkpoints: Sequence[Spec], base: Spec | None
+) -> tuple[list[Checkpoint], Checkpoint | None, list[Finding]]:
+    """The checkpoints that can be opened, the base, and why the others cannot."""
     opened: list[Checkpoint] = []
     findings: list[Finding] = []
     base_checkpoint = None
@@ -249,9 +255,7 @@ def _open_all(checkpoints: Sequence[Spec], base: Spec | None) -> tuple[list[Chec
             base_checkpoint = open_checkpoint(base)
         except RefusedError as error:
             findings += error.findings
-    if findings:
-        raise RefusedError(findings)
-    return opened, base_checkpoint
+    return opened, base_checkpoint, findings
 
 
 def _position(flag: str, number: int | None, count: int) -> int | None:

@@ -29,7 +29,7 @@ from warmerge.weights.output import (
 )
 from warmerge.weights.plan import MergePlan, Shard, TensorPlan
 from warmerge.weights.rules import Coefficients
-from warmerge.weights.stream import Engine, coefficients_of, refuse_unequal_integers
+from warmerge.weights.stream import Engine, coefficients_of, refuse_changed, refuse_unequal_integers
 
 
 def choose_threads(threads: int | None) -> int:
@@ -155,6 +155,7 @@ def merge_into(plan: MergePlan, parameters: Mapping[str, torch.Tensor], engine: 
 
     for shard in plan.shards:
         engine.merge(shard.tensors, coefficients_of(plan, shard.tensors, engine), sink)
+    refuse_changed(plan.inputs)
     engine.refuse_bad()
 
 
@@ -165,7 +166,7 @@ def plan_fingerprint(plan: MergePlan, contents: Sequence[str]) -> str:
         contents: a fingerprint of each input's weights, in order, the base's last.
     """
     digest = hashlib.sha256()
-    for checkpoint in (*plan.members, *([] if plan.base is None else [plan.base])):
+    for checkpoint in plan.inputs:
         for folder, file in checkpoint.weight_files:
             state = folder.states[file] if isinstance(folder, LocalFolder) else "remote"
             digest.update(f"{folder.identity}\0{file}\0{state}\0".encode(errors="surrogatepass"))
@@ -198,6 +199,7 @@ def _write_shards(plan: MergePlan, output: Output, engine: Engine) -> dict[str, 
             file = ShardFile(output, shard)
             try:
                 engine.merge(shard.tensors, coefficients, file.write)
+                refuse_changed(plan.inputs)
             except BaseException:
                 file.abandon()
                 raise

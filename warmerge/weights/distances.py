@@ -13,7 +13,7 @@ from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.compat import is_head
 from warmerge.weights.plan import TensorPlan, natural_order
 from warmerge.weights.safetensors_format import AVERAGED
-from warmerge.weights.stream import Engine, refuse_nonfinite
+from warmerge.weights.stream import Engine, refuse_changed, refuse_nonfinite
 
 Matrix = list[list[float]]
 
@@ -63,6 +63,7 @@ def measure_distances(
         plans.append(TensorPlan(name, tensors[0].dtype, tensors[0].shape, tensors, None, merged=True))
     engine = Engine(threads, progress=progress or (lambda nbytes: None))
     grams = engine.grams(plans)
+    refuse_changed(everything)
     refuse_nonfinite([plan for plan in plans if not all(map(math.isfinite, chain(*grams[plan.name])))], engine)
     groups: dict[str, list[TensorPlan]] = {"all": plans}
     for plan in sorted(plans, key=lambda plan: (is_head(plan.name), natural_order(plan.name))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -27,6 +27,22 @@ class Folder(Protocol):
 
     def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
         """Fills the whole buffer; RefusedError when the file is shorter or changed since it was first seen."""
+
+    def reader(self) -> Reader:
+        """A reader for one thread."""
+
+    def refuse_changed(self, files: Iterable[str]) -> None:
+        """RefusedError if a file is not what it was when the folder was opened."""
+
+
+class Reader(Protocol):
+    """Reads one folder's files, again and again, from one thread."""
+
+    def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
+        """As `Folder.readinto`."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
 
 
 def read_bytes(folder: Folder, file: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -60,32 +76,70 @@ class LocalFolder:
         return {name: state.size for name, state in self.states.items()}
 
     def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` from `file`, by positional reads: no mmap, so a truncated file is an error, not a signal.
-
-        The file is opened anew each time (some 5 us): a checkpoint of any number of shards costs no open
-        descriptors, and a file replaced, grown or cut while it is read is noticed at the next tile.
-        """
+        """Fills `buffer` from `file`, by positional reads: no mmap, so a truncated file is an error, not a signal."""
+        reader = LocalReader(self)
         try:
-            descriptor = os.open(f"{self.path!s}/{file}", os.O_RDONLY)  # a Path would cost more than the call
-        except FileNotFoundError:
-            raise self._changed(file) from None
-        try:
-            if _state(os.fstat(descriptor)) != self.states[file]:
-                raise self._changed(file)
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-                if count == 0:
-                    raise self._changed(file)
-                done += count
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{self.label}/{file}") from error
+            reader.readinto(file, offset, buffer)
         finally:
-            os.close(descriptor)
+            reader.close()
 
-    def _changed(self, file: str) -> RefusedError:
+    def reader(self) -> LocalReader:
+        return LocalReader(self)
+
+    def refuse_changed(self, files: Iterable[str]) -> None:
+        """RefusedError if one of these files is not as it was when the folder was opened.
+
+        A file that is replaced while it is read is read on as it was; one that is written into would give a mixture,
+        so what was read counts only once this has been asked afterwards.
+        """
+        for file in files:
+            try:
+                unchanged = _state((self.path / file).stat()) == self.states[file]
+            except FileNotFoundError:
+                unchanged = False
+            if not unchanged:
+                raise self.changed(file)
+
+    def changed(self, file: str) -> RefusedError:
         what = "changed while it was read (size, time or inode), or was removed; merge it when it is still"
         return RefusedError([Finding(f"{self.label}/{file}", what)])
+
+
+class LocalReader:
+    """Keeps the last file open: tiles of one tensor follow each other, and each call less is a wait less for others."""
+
+    def __init__(self, folder: LocalFolder) -> None:
+        self.folder = folder
+        self.file: str | None = None
+        self.descriptor = -1
+
+    def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
+        try:
+            if file != self.file:
+                self._open(file)
+            done = os.preadv(self.descriptor, [buffer], offset) if len(buffer) else 0
+            while done < len(buffer):
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise self.folder.changed(file)
+                done += count
+        except FileNotFoundError:
+            raise self.folder.changed(file) from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{self.folder.label}/{file}") from error
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.descriptor)
+            self.file = None
+
+    def _open(self, file: str) -> None:
+        self.close()
+        descriptor = os.open(self.folder.path / file, os.O_RDONLY)
+        if _state(os.fstat(descriptor)) != self.folder.states[file]:
+            os.close(descriptor)
+            raise self.folder.changed(file)
+        self.file, self.descriptor = file, descriptor
 
 
 def open_folder(path: Path, label: str) -> LocalFolder:

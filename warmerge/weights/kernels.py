@@ -16,6 +16,7 @@ import numpy
 import torch
 
 from warmerge.weights.checkpoint import LowRank, Stored, Tensor
+from warmerge.weights.folder import Reader
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGER_DTYPE = {
@@ -51,7 +52,13 @@ class Workspace:
         self.single = torch.empty(elements, dtype=torch.float32, device=device)
         self.bits = torch.empty(elements, dtype=torch.int32, device=device)
         self.flags = torch.empty(2, elements, dtype=torch.bool, device=device)
+        self._readers: dict[str, Reader] = {}
         self._factors: tuple[LowRank, torch.Tensor, torch.Tensor] | None = None
+
+    def close(self) -> None:
+        """Closes the files that it read from."""
+        for reader in self._readers.values():
+            reader.close()
 
     def active(self) -> contextlib.AbstractContextManager[object]:
         """Runs this thread's kernels on its own stream, so that one thread's upload overlaps another's compute."""
@@ -66,7 +73,10 @@ class Workspace:
             self._uploaded[self._turn].synchronize()
         width = tensor.nbytes // tensor.numel
         raw = self._raw[self._turn][: (stop - start) * width]
-        tensor.folder.readinto(tensor.file, tensor.offset + start * width, memory(raw))
+        reader = self._readers.get(tensor.folder.identity)
+        if reader is None:
+            reader = self._readers[tensor.folder.identity] = tensor.folder.reader()
+        reader.readinto(tensor.file, tensor.offset + start * width, memory(raw))
         if self._on_device is None:
             return raw.view(TORCH_DTYPE[tensor.dtype])
         moved = self._on_device[: raw.numel()]
@@ -126,9 +136,11 @@ def weighted_sum(
     if math.frexp(divisor)[0] == 0.5:  # a power of two: its reciprocal is exact, and a product is cheaper
         if divisor != 1:
             total.mul_(1 / divisor)
-    else:
+    elif work.cuda:
         # A tensor on the device: CUDA divides by a Python number by multiplying with its rounded reciprocal.
         total.div_(torch.tensor(divisor, dtype=torch.float64, device=total.device))
+    else:
+        total.div_(divisor)
     if poison != 0:  # NaN: 0 * NaN and 0 * Inf
         total.fill_(poison)
     out = work.device_out[: total.numel() * dtype.itemsize].view(dtype)
@@ -168,7 +180,7 @@ def finite(tile: torch.Tensor) -> bool:
 
     One pass at the speed of a sum. A caller that gets False looks closer.
     """
-    return bool(torch.isfinite(tile.sum(dtype=torch.float32 if tile.dtype == torch.float16 else None)))
+    return math.isfinite(tile.sum(dtype=torch.float32 if tile.dtype == torch.float16 else None))
 
 
 def gram(tensors: Sequence[Tensor], base: Tensor | None, start: int, stop: int, work: Workspace) -> list[list[float]]:

@@ -75,6 +75,10 @@ class MergePlan:
     shards: tuple[Shard, ...]
 
     @property
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        return self.members if self.base is None else (*self.members, self.base)
+
+    @property
     def tensors(self) -> list[TensorPlan]:
         return [tensor for shard in self.shards for tensor in shard.tensors]
 

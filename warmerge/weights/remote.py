@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -92,6 +92,15 @@ class HubFolder:
         buffer[: len(start)] = start
         if len(start) < len(buffer):
             _ask(lambda: self._range(file, offset + len(start), buffer[len(start) :]), self)
+
+    def reader(self) -> HubFolder:
+        return self
+
+    def close(self) -> None:
+        """Nothing is held between two requests."""
+
+    def refuse_changed(self, files: Iterable[str]) -> None:
+        """A commit does not change."""
 
     def _whole(self, file: str) -> bytes:
         from huggingface_hub import constants, hf_hub_download

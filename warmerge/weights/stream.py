@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from itertools import chain
 import torch
 
 from warmerge.errors import Finding, RefusedError, plain
-from warmerge.weights.checkpoint import Tensor
+from warmerge.weights.checkpoint import Checkpoint, Tensor
 from warmerge.weights.folder import read_bytes
 from warmerge.weights.kernels import TILE, TORCH_DTYPE, Workspace, finite, gram, one_thread_per_kernel, weighted_sum
 from warmerge.weights.plan import DTYPE_NAMES, MergePlan, TensorPlan
@@ -42,7 +43,7 @@ class Engine:
 
         def worker() -> None:
             workspace = Workspace(self.device, tile)
-            with workspace.active(), torch.inference_mode():
+            with contextlib.closing(workspace), workspace.active(), torch.inference_mode():
                 while not stop.is_set():
                     with lock:
                         item = next(iterator, None)
@@ -149,6 +150,13 @@ def refuse_nonfinite(tensors: Sequence[TensorPlan], engine: Engine) -> None:
     plain_sums = {tensor.name: Coefficients((1.0,) * len(tensor.members), base=1.0) for tensor in tensors}
     engine.merge(tensors, plain_sums, lambda tensor, start, tile: None)
     engine.refuse_bad()
+
+
+def refuse_changed(checkpoints: Iterable[Checkpoint]) -> None:
+    """Raises RefusedError if an input file is not what it was when it was opened: ask after reading it."""
+    for checkpoint in checkpoints:
+        for folder, file in checkpoint.weight_files:
+            folder.refuse_changed([file])
 
 
 def refuse_unequal_integers(plan: MergePlan) -> None:
