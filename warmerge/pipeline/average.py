@@ -15,7 +15,7 @@ from warmerge.report import model_card
 from warmerge.rewards.config import effective_config
 from warmerge.version import versions
 from warmerge.weights import compat, small_files
-from warmerge.weights.average import choose_device, choose_threads, merge_into, plan_fingerprint, write_merge
+from warmerge.weights.average import choose_device, merge_into, plan_fingerprint, write_merge
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes
 from warmerge.weights.locate import make_local, open_checkpoint
@@ -25,6 +25,7 @@ from warmerge.weights.plan import (
     DTYPES,
     MergePlan,
     Selection,
+    choose_threads,
     parse_size,
     plan_merge,
     refuse_missing_base_tensors,

@@ -16,6 +16,7 @@ from warmerge.weights import compat, small_files
 from warmerge.weights.checkpoint import Checkpoint, LowRank
 from warmerge.weights.folder import read_bytes
 from warmerge.weights.locate import make_local, open_checkpoint
+from warmerge.weights.plan import choose_threads
 
 if TYPE_CHECKING:
     from warmerge.weights.distances import Distances
@@ -82,8 +83,7 @@ def inspect(
     """
     if figure is not None:
         _check_figure(figure, distances)
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads: expected 1 or more, found {threads}")
+    workers = choose_threads(threads)
     opened: list[Checkpoint] = []
     findings: list[Finding] = []
     for spec in checkpoints:
@@ -102,7 +102,7 @@ def inspect(
         raise RefusedError(findings)
     if len(opened) < 2:
         raise UsageError("--distances takes two checkpoints or more")
-    measured, doubted = _distances(opened, base, threads, progress, on_bytes)
+    measured, doubted = _distances(opened, base, workers, progress, on_bytes)
     warnings += doubted
     if figure is not None:
         names = [Path(row.checkpoint).name for row in rows]
@@ -113,12 +113,11 @@ def inspect(
 def _distances(
     opened: Sequence[Checkpoint],
     base: str | Path | None,
-    threads: int | None,
+    threads: int,
     progress: Callable[[int], None] | None,
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[list[Distances], list[Finding]]:
     """Distances, and the doubts that `average` would warn of once it has looked into the weights."""
-    from warmerge.weights.average import choose_threads
     from warmerge.weights.distances import measure_distances
     from warmerge.weights.samples import doubts, read_sample, same_contents
 
@@ -129,7 +128,7 @@ def _distances(
     samples = [read_sample(member) for member in members]
     if same := same_contents(members, samples):
         raise RefusedError(same)
-    measured = measure_distances(members, base_checkpoint, choose_threads(threads), progress)
+    measured = measure_distances(members, base_checkpoint, threads, progress)
     return measured, doubts(members, samples)
 
 

@@ -32,20 +32,6 @@ from warmerge.weights.rules import Coefficients
 from warmerge.weights.stream import Engine, coefficients_of, refuse_changed, refuse_unequal_integers
 
 
-def choose_threads(threads: int | None) -> int:
-    """`threads`, or without a wish the processors this process may use, at most 16: past that the disk is the limit.
-
-    Raises:
-        UsageError: fewer than one.
-    """
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"--threads: expected 1 or more, found {threads}")
-        return threads
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, allowed)
-
-
 def choose_device(name: str) -> torch.device:
     """The device that tiles are computed on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class TensorPlan:
     members: tuple[Tensor, ...]
     base: Tensor | None
     merged: bool
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.members if self.base is None else (*self.members, self.base)
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(part.nbytes for tensor in self.inputs for part in tensor.parts)
 
     @property
     def numel(self) -> int:
@@ -88,9 +97,8 @@ class MergePlan:
 
     @property
     def input_bytes(self) -> int:
-        inputs = (t for tensor in self.tensors for t in (*tensor.members, tensor.base) if t is not None)
         passes = 2 if self.rule.needs_gram else 1
-        return passes * sum(part.nbytes for tensor in inputs for part in tensor.parts)
+        return passes * sum(tensor.input_bytes for tensor in self.tensors)
 
     def constant_coefficients(self) -> Coefficients | None:
         """The coefficients of every merged tensor, or None when the rule measures them tensor by tensor."""
@@ -152,6 +160,20 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size: expected a size such as 5GB or 500MB, found {text!r}")
     return size
+
+
+def choose_threads(threads: int | None) -> int:
+    """`threads`, or without a wish the processors this process may use, at most 16: past that the disk is the limit.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads: expected 1 or more, found {threads}")
+        return threads
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, allowed)
 
 
 def _check_globs(selection: Selection, source: Checkpoint) -> None:

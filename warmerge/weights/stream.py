@@ -65,18 +65,17 @@ class Engine:
 
         def work(item: Tile, workspace: Workspace) -> None:
             tensor, start, stop = item
-            inputs = (*tensor.members, *([] if tensor.base is None else [tensor.base]))
             if not tensor.averaged:
                 sink(tensor, start, _raw_tile(tensor.members[0], start, stop))
             else:
                 chosen = coefficients[tensor.name]
                 factors = (*chosen.members, *([] if tensor.base is None else [chosen.base]))
                 dtype = TORCH_DTYPE[tensor.dtype]
-                tile = weighted_sum(inputs, factors, chosen.divisor, start, stop, dtype, workspace)
+                tile = weighted_sum(tensor.inputs, factors, chosen.divisor, start, stop, dtype, workspace)
                 if not finite(tile):
-                    self._explain(tensor, inputs, tile, start, workspace)
+                    self._explain(tensor, tile, start, workspace)
                 sink(tensor, start, tile)
-            self.progress(sum(part.nbytes for t in inputs for part in t.parts) * (stop - start) // max(tensor.numel, 1))
+            self.progress(tensor.input_bytes * (stop - start) // tensor.numel)
 
         self.run(_tiles(tensors, self.tile), work, self.tile)
 
@@ -90,8 +89,7 @@ class Engine:
         def work(item: Tile, workspace: Workspace) -> None:
             tensor, start, stop = item
             parts[tensor.name][start] = gram(tensor.members, tensor.base, start, stop, workspace)
-            inputs = (*tensor.members, *([] if tensor.base is None else [tensor.base]))
-            self.progress(sum(part.nbytes for t in inputs for part in t.parts) * (stop - start) // max(tensor.numel, 1))
+            self.progress(tensor.input_bytes * (stop - start) // tensor.numel)
 
         self.run(_tiles(tensors, TILE), work, TILE)
         return {tensor.name: _summed(parts[tensor.name].values(), len(tensor.members)) for tensor in tensors}
@@ -101,12 +99,10 @@ class Engine:
         if self.bad:
             raise RefusedError(self.bad.values())
 
-    def _explain(
-        self, tensor: TensorPlan, inputs: Sequence[Tensor], tile: torch.Tensor, start: int, work: Workspace
-    ) -> None:
+    def _explain(self, tensor: TensorPlan, tile: torch.Tensor, start: int, work: Workspace) -> None:
         """Finds which input holds the value, or whether the sum or the cast made it."""
         stop, blamed = start + tile.numel(), False
-        for member in inputs:
+        for member in tensor.inputs:
             values = work.read(member, start, stop)
             wrong = (~torch.isfinite(values)).nonzero()
             if len(wrong):
