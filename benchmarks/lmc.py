@@ -4,11 +4,15 @@ The other way is what people write: `warmerge average --rule lambda` into a fold
 batches padded to their longest text, and the accuracies; the folder is removed again. Both give the same accuracies.
 
     python benchmarks/lmc.py RM_A RM_B PAIRS.jsonl --work FOLDER --limit 200 --max-length 128
+    python benchmarks/lmc.py RM_A RM_B --long-prompts --work FOLDER --max-length 1024 --points 3
+
+`--long-prompts` makes up its pairs: two prompts of 512 words with 16 answers each, as best-of-n data has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -18,7 +22,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from scoring import padded_loop
+from scoring import make_texts, padded_loop
 
 import warmerge
 from warmerge.rewards.model import load_reward_model
@@ -44,16 +48,29 @@ def by_way_of_the_disk(
     return accuracies
 
 
+def write_long_prompts(folder: Path) -> Path:
+    """A file of pairs that share long prompts: each prompt has 16 answers, in 8 pairs."""
+    texts = make_texts(prompts=2, prompt_tokens=512, answers=16)
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    rows = [{"prompt": prompt, "chosen": a, "rejected": b} for (prompt, a), (_, b) in pairs]
+    path = folder / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a")
     parser.add_argument("b")
-    parser.add_argument("data")
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--long-prompts", action="store_true")
     parser.add_argument("--work", required=True)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--points", type=int, default=11)
     arguments = parser.parse_args()
+    if arguments.long_prompts:
+        arguments.data = str(write_long_prompts(Path(arguments.work)))
     options = warmerge.LoadOptions(template="plain", max_length=arguments.max_length, dtype="float32")
     lambdas = [i / (arguments.points - 1) for i in range(arguments.points)]
     load_reward_model(arguments.a, options)  # imports and the page cache, before the clock starts

@@ -334,4 +334,23 @@ def test_an_average_that_loses_what_the_ensemble_keeps_is_told_apart(world: Worl
     assert near["below_ensemble"] < 0.1
     assert far["below_ensemble_low"] > far["tolerance"]
     assert "points below the ensemble of the same models (95 % interval" in far["words"]
-    assert far["words"].endswith("averaging their weights loses what averaging their rewards keeps. Do not merge them.")
+    assert far["words"].endswith("averaging their weights loses what averaging their rewards keeps.")
+    assert far["words"].count("o not merge them") == 1
+
+
+def test_an_end_that_only_guesses_is_judged_by_the_ensemble(world: World, tmp_path: Path) -> None:
+    """Random weights: WA falls to chance, and so does the straight line, which therefore sees nothing wrong."""
+    shutil.copytree(world.a, tmp_path / "random")
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(world.a / "model.safetensors")
+    drawn = {name: t.std() * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+    save_file(drawn, tmp_path / "random" / "model.safetensors", metadata={"format": "pt"})
+    (verdict,) = lmc_curve([world.a, tmp_path / "random"], [world.data("val")], points=5, sampling=FAST).verdicts
+    assert (verdict["against"], verdict["verdict"]) == ("ensemble", "does not hold")
+    assert verdict["low"] < verdict["tolerance"] < verdict["below_ensemble_low"]
+    assert "points below the ensemble of the same models (the test where an end is no better" in verdict["words"]
+    assert verdict["words"].endswith(
+        "Averaging their weights loses what averaging their rewards keeps: do not merge them."
+    )
+    (sound,) = lmc_curve([world.a, world.b], [world.data("val")], points=3, sampling=FAST).verdicts
+    assert sound["against"] == "line"

@@ -40,6 +40,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def print_evaluation(found: Evaluation) -> None:
+    """A table of models for each set, what the average gains over others, how far small changes move rewards, notes."""
     columns = [
         "model",
         "accuracy [95 %]",
@@ -88,6 +89,7 @@ def _print_movements(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_curve(found: Curve) -> None:
+    """WA, ENS and Diag of each path and set as sparklines of one scale, then the verdicts and notes."""
     from warmerge.report import sparkline
 
     cells = []
@@ -109,6 +111,7 @@ def _ends(rows: Sequence[Mapping[str, Any]], line: Sequence[float]) -> list[str]
 
 
 def print_vs_m(found: AccuracyVsM) -> None:
+    """Average and ensemble of M members for each set, who was left out, notes."""
     for name, rows in _by_set(found.rows).items():
         typer.echo(_heading(name, rows))
         table(

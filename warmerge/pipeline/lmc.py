@@ -85,6 +85,7 @@ def lmc_curve(
 ) -> Curve:
     """Accuracy along the straight path between reward models, in weights and in rewards, with a verdict for each set.
 
+    The verdict holds the average (WA) against Diag; where an end is not surely better than chance, against ENS.
     No weights are written: each point is streamed into one live model.
 
     Args:
@@ -233,13 +234,17 @@ def trace(
         return metrics.barrier(gaps, gaps_drawn, clusters=subset.prompts, differing=differing)
 
     fall, loss = largest(diag, diag_drawn, diag_right), largest(ens_mean, ens_drawn, ens_right)
-    words = metrics.verdict_words(line.name.replace(" -> ", " to "), subset.name, fall, tolerance, subset.n)
-    if loss.low > tolerance:
-        # Where one end is no better than chance the straight line falls too, and hides what averaging breaks.
+    ends = [metrics.interval(float(means[k]), drawn[:, k], subset.prompts, bounds=(0.0, 1.0)) for k in (0, 1)]
+    # Towards an end that only guesses the straight line falls to one half, and so does anything: it tests nothing.
+    against = "line" if min(end.low for end in ends) > 0.5 else "ensemble"
+    found = fall if against == "line" else loss
+    answer, names = metrics.verdict(found, tolerance), line.name.replace(" -> ", " to ")
+    words = metrics.verdict_words(names, subset.name, found, tolerance, subset.n, against)
+    if against == "line" and loss.low > tolerance:
         words += (
             f" It is up to {100 * loss.value:.1f} points below the ensemble of the same models (95 % interval "
             f"{100 * loss.low:.1f} to {100 * loss.high:.1f}): averaging their weights loses what averaging their "
-            "rewards keeps. Do not merge them."
+            f"rewards keeps{'' if answer == 'does not hold' else ', so do not merge them'}."
         )
     return rows, [
         {
@@ -247,6 +252,6 @@ def trace(
             "barrier": fall.value, "low": fall.low, "high": fall.high,
             "at": grid[inner[int((diag - wa_mean)[inner].argmax())]],
             "below_ensemble": loss.value, "below_ensemble_low": loss.low, "below_ensemble_high": loss.high,
-            "tolerance": tolerance, "verdict": metrics.verdict(fall, tolerance), "words": words,
+            "tolerance": tolerance, "against": against, "verdict": answer, "words": words,
         }
     ]  # fmt: skip

@@ -273,13 +273,28 @@ def verdict(barrier: Estimate, tolerance: float) -> str:
     return "does not hold" if barrier.low > tolerance else "cannot tell"
 
 
-def verdict_words(path: str, name: str, barrier: Estimate, tolerance: float, n: int) -> str:
+# What the accuracy of the average is held against, and what it means to fall below it.
+AGAINST = {
+    "line": (
+        "the straight line between their accuracies",
+        "A model merged on this path can be worse than its parts are on average",
+    ),
+    "ensemble": (
+        "the ensemble of the same models (the test where an end is no better than chance: the straight line between "
+        "their accuracies falls with it)",
+        "Averaging their weights loses what averaging their rewards keeps",
+    ),
+}
+
+
+def verdict_words(path: str, name: str, barrier: Estimate, tolerance: float, n: int, against: str = "line") -> str:
     """The verdict and what it means, for a reader who has not seen one before.
 
     Args:
         path: its two ends, such as "runs/1 to runs/2".
         name: of the set of comparisons.
         n: the number of comparisons.
+        against: what the barrier is a fall below, "line" or "ensemble".
 
     >>> print(verdict_words("a to b", "val", Estimate(0.004, 0.001, 0.008), 0.01, 1314))
     holds on val: on the way from a to b the average is never more than 0.4 points below the straight line between \
@@ -294,12 +309,10 @@ their accuracies (95 % interval 0.1 to 0.8, n = 1314 comparisons), within the to
     interval = f"95 % interval {low} to {high}, {count}"
     limit = f"the tolerance of {100 * tolerance:.6g} point{'s' * (tolerance != 0.01)}"
     start = f"{answer} on {plain(name)}: on the way from {plain(path)}"
-    line = "below the straight line between their accuracies"
+    reference, meaning = AGAINST[against]
+    line = f"below {reference}"
     if answer == "does not hold":
-        return (
-            f"{start} the average falls up to {value} points {line} ({interval}). A model merged on this path can be"
-            " worse than its parts are on average: do not merge them."
-        )
+        return f"{start} the average falls up to {value} points {line} ({interval}). {meaning}: do not merge them."
     if answer == "holds" and barrier.value > 0:
         return f"{start} the average is never more than {value} points {line} ({interval}), within {limit}."
     if answer == "holds":
