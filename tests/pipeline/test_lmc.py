@@ -348,7 +348,10 @@ def test_an_end_that_only_guesses_is_judged_by_the_ensemble(world: World, tmp_pa
     (verdict,) = lmc_curve([world.a, tmp_path / "random"], [world.data("val")], points=5, sampling=FAST).verdicts
     assert (verdict["against"], verdict["verdict"]) == ("ensemble", "does not hold")
     assert verdict["low"] < verdict["tolerance"] < verdict["below_ensemble_low"]
-    assert "points below the ensemble of the same models (the test where an end is no better" in verdict["words"]
+    assert (
+        "points below the ensemble of the same models, which is the test here because one end is no better than"
+        in verdict["words"]
+    )
     assert verdict["words"].endswith(
         "Averaging their weights loses what averaging their rewards keeps: do not merge them."
     )

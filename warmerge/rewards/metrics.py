@@ -280,8 +280,7 @@ AGAINST = {
         "A model merged on this path can be worse than its parts are on average",
     ),
     "ensemble": (
-        "the ensemble of the same models (the test where an end is no better than chance: the straight line between "
-        "their accuracies falls with it)",
+        "the ensemble of the same models, which is the test here because one end is no better than chance",
         "Averaging their weights loses what averaging their rewards keeps",
     ),
 }
