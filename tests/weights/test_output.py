@@ -589,8 +589,10 @@ def test_nothing_to_resume(members: Members, out: Path) -> None:
 
 # --- real processes ---
 
+# A job that a shell put in the background ignores Ctrl-C, and so would its children: the tests may be such a job.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import warmerge.weights.average as average
 from warmerge.cli import main
 finished = average.mark_finished
