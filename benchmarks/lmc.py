@@ -72,12 +72,11 @@ def main() -> None:
     if arguments.long_prompts:
         arguments.data = str(write_long_prompts(Path(arguments.work)))
     options = warmerge.LoadOptions(template="plain", max_length=arguments.max_length, dtype="float32")
+    measuring = warmerge.Measuring(options, limit=arguments.limit)
     lambdas = [i / (arguments.points - 1) for i in range(arguments.points)]
     load_reward_model(arguments.a, options)  # imports and the page cache, before the clock starts
     begun = time.perf_counter()
-    curve = warmerge.lmc_curve(
-        [arguments.a, arguments.b], [arguments.data], lambdas=lambdas, options=options, limit=arguments.limit
-    )
+    curve = warmerge.lmc_curve([arguments.a, arguments.b], [arguments.data], lambdas=lambdas, measuring=measuring)
     ours = time.perf_counter() - begun
     begun = time.perf_counter()
     theirs = by_way_of_the_disk(arguments, options, lambdas)

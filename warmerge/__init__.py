@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from warmerge.pipeline.lmc import Curve, lmc_curve
     from warmerge.pipeline.score import ScoredFile, reward_function, score_file
     from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
-    from warmerge.rewards.bench import Sampling
+    from warmerge.rewards.bench import Measuring
     from warmerge.rewards.model import LoadOptions
 
 __all__ = [
@@ -30,10 +30,10 @@ __all__ = [
     "Inspection",
     "Interrupted",
     "LoadOptions",
+    "Measuring",
     "Merged",
     "RefusedError",
     "RemoteError",
-    "Sampling",
     "ScoredFile",
     "UsageError",
     "WarmergeError",
@@ -63,7 +63,7 @@ _LAZY = {
     "score_file": "warmerge.pipeline.score",
     "AccuracyVsM": "warmerge.pipeline.vs_m",
     "accuracy_vs_m": "warmerge.pipeline.vs_m",
-    "Sampling": "warmerge.rewards.bench",
+    "Measuring": "warmerge.rewards.bench",
     "LoadOptions": "warmerge.rewards.model",
 }
 

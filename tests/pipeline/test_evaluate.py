@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from warmerge.errors import RefusedError, UsageError
 from warmerge.pipeline import evaluate as module
 from warmerge.pipeline.evaluate import Evaluation, evaluate
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import Sampling, answer_lengths, open_bench
+from warmerge.rewards.bench import Measuring, answer_lengths, open_bench
 from warmerge.rewards.ensembles import ENSEMBLES, aggregate
 from warmerge.rewards.model import load_reward_model
 from warmerge.rewards.pairs import read_all
 
-FAST = Sampling(200, 0)
+FAST = Measuring(resamples=200)
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -46,7 +47,7 @@ def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evalua
     out = tmp_path_factory.mktemp("full") / "out"
     found = evaluate(
         [world.a, world.b, world.c], [f"val={world.data('val')}", f"ood={world.data('ood')}"], out=out,
-        init=world.start, perturb_answers=6, sampling=FAST, command=["warmerge", "eval"],
+        init=world.start, perturb_answers=6, measuring=FAST, command=["warmerge", "eval"],
     )  # fmt: skip
     return found, out
 
@@ -60,7 +61,7 @@ def rewards(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         warmerge.average(
             [getattr(world, name), world.start], root / f"{name} half-way to start", rule="lambda", lam=0.5
         )
-    bench = open_bench(read_all([f"val={world.data('val')}"]))
+    bench = open_bench([f"val={world.data('val')}"])
     folders = {name: getattr(world, name) for name in ("a", "b", "c", "start")} | {p.name: p for p in root.iterdir()}
     return {name: bench.score(load_reward_model(folder))["val"] for name, folder in folders.items()} | {"bench": bench}
 
@@ -146,7 +147,7 @@ def test_differences_are_those_of_the_rows(full: tuple[Evaluation, Path]) -> Non
 
 def test_differences_are_paired(world: World) -> None:
     """An interval of two accuracies' difference, each with an interval of its own, would be wider by far."""
-    found = evaluate([world.a, world.b], [f"val={world.data('train')}"], sampling=FAST)
+    found = evaluate([world.a, world.b], [f"val={world.data('train')}"], measuring=FAST)
     (row,) = (row for row in found.differences if row["b"] == "mean of the members")
     widths = [r["high"] - r["low"] for r in (row_of(found, "average"), row_of(found, "a"))]
     unpaired = float(numpy.hypot(*widths))
@@ -181,7 +182,7 @@ def test_small_changes_are_scored_by_members_ensemble_and_average(
 ) -> None:
     rows = [row for row in full[0].movements if row["set"] == "val"]
     assert list(dict.fromkeys(row["model"] for row in rows)) == ["a", "b", "c", "ensemble (mean)", "average"]
-    bench = open_bench(read_all([f"val={world.data('val')}"]), sampling=FAST)
+    bench = open_bench([f"val={world.data('val')}"], measuring=FAST)
     (sample,) = module.sample_changes(bench, 6)
     after = own_rewards(world.a, [f"{prompt}\n\n{answer}" for prompt, answer in sample.changed])
     moved = numpy.abs(numpy.array(after) - rewards["a"][list(sample.origin)]) / rewards["a"].std()
@@ -191,7 +192,7 @@ def test_small_changes_are_scored_by_members_ensemble_and_average(
 
 
 def test_one_checkpoint_alone(world: World) -> None:
-    found = evaluate([world.a], [world.data("val")], sampling=FAST)
+    found = evaluate([world.a], [world.data("val")], measuring=FAST)
     assert [row["model"] for row in found.rows] == ["a", "length only"]
     assert found.differences == ()
     assert found.movements == ()
@@ -211,9 +212,9 @@ def test_no_average_compares_what_cannot_be_averaged(world: World, tmp_path: Pat
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][order].contiguous()
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RefusedError) as caught:
-        evaluate([world.a, other], [world.data("val")], sampling=FAST)
+        evaluate([world.a, other], [world.data("val")], measuring=FAST)
     assert f"{other}/tokenizer.json: differs from {world.a}'s" in str(caught.value)
-    found = evaluate([world.a, world.b, other], [world.data("val")], with_average=False, sampling=FAST)
+    found = evaluate([world.a, world.b, other], [world.data("val")], with_average=False, measuring=FAST)
     assert "average" not in {row["model"] for row in found.rows}
     assert found.differences == ()
     # Each read the texts with its own tokenizer, so a model whose ids were exchanged is the same model.
@@ -231,9 +232,9 @@ def test_another_architecture_is_compared_and_not_averaged(world: World, tmp_pat
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     write_tokenizer(tmp_path / "bert")
     with pytest.raises(RefusedError) as caught:
-        evaluate([world.a, tmp_path / "bert"], [world.data("val")], sampling=FAST)
+        evaluate([world.a, tmp_path / "bert"], [world.data("val")], measuring=FAST)
     assert f"{tmp_path / 'bert'}/config.json: has model_type" in str(caught.value)
-    found = evaluate([world.a, tmp_path / "bert"], [world.data("val")], with_average=False, sampling=FAST)
+    found = evaluate([world.a, tmp_path / "bert"], [world.data("val")], with_average=False, measuring=FAST)
     assert [row["model"] for row in found.rows][:2] == ["a", "bert"]
 
 
@@ -241,12 +242,12 @@ def test_another_architecture_is_compared_and_not_averaged(world: World, tmp_pat
 
 
 def test_a_mask_splits_its_set_and_says_whether_noise_was_memorised(world: World, tmp_path: Path) -> None:
-    bench = open_bench(read_all([f"train={world.data('train')}"]))
+    bench = open_bench([f"train={world.data('train')}"])
     swapped = list(range(0, 500, 5))
     mask = tmp_path / "corruption.json"
     mask.write_text(json.dumps({"fingerprint": bench.sets[0].preferences.fingerprint, "n": 500, "swapped": swapped}))
     data = [f"train={world.data('train')}", f"val={world.data('val')}"]
-    found = evaluate([world.a, world.b], data, mask=mask, sampling=FAST)
+    found = evaluate([world.a, world.b], data, mask=mask, measuring=FAST)
     parts = {name: row_of(found, "a", name) for name in ("train[swapped]", "train[clean]", "val")}
     assert [part["n"] for part in parts.values()] == [100, 400, 160]
     right = metrics.right(bench.sets[0].margins(bench.score(load_reward_model(world.a))["train"]))
@@ -265,14 +266,14 @@ def test_a_mask_of_other_data_is_refused(
     mask.write_text(json.dumps({"fingerprint": whole.fingerprint, "n": 500, "swapped": [1, 9]}))
     monkeypatch.setattr(module, "load_reward_model", never)
     with pytest.raises(UsageError, match="--mask is of a set of 500 comparisons that is not among --data"):
-        evaluate([world.a], [world.data(name)], mask=mask, limit=limit)
+        evaluate([world.a], [world.data(name)], mask=mask, measuring=Measuring(limit=limit))
 
 
 # --- data ---
 
 
 def test_ties_are_counted_and_what_needs_a_scale_is_left_out(world: World) -> None:
-    found = evaluate([world.a, world.flat], [world.data("val")], perturb_answers=3, sampling=FAST)
+    found = evaluate([world.a, world.flat], [world.data("val")], perturb_answers=3, measuring=FAST)
     flat = row_of(found, "flat")
     assert (flat["accuracy"], flat["ties"], flat["reward_std"]) == (1.0, 160, 0.0)
     assert numpy.isnan(flat["length_correlation"])
@@ -286,15 +287,18 @@ def test_ties_are_counted_and_what_needs_a_scale_is_left_out(world: World) -> No
 
 
 def test_a_sample_of_whole_prompts(world: World) -> None:
-    found = evaluate([world.a], [world.data("val")], limit=31, sampling=FAST)
+    found = evaluate([world.a], [world.data("val")], measuring=replace(FAST, limit=31))
     row = found.rows[0]
     assert (row["n"], row["prompts"]) == (32, 16)
-    assert evaluate([world.a], [world.data("val")], limit=31, sampling=FAST).rows[0]["accuracy"] == row["accuracy"]
+    assert (
+        evaluate([world.a], [world.data("val")], measuring=replace(FAST, limit=31)).rows[0]["accuracy"]
+        == row["accuracy"]
+    )
 
 
 def test_bad_rows_are_refused_or_counted(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "bad.jsonl", [*pairs(12, 1), {"prompt": "why", "chosen": 3, "rejected": "a"}])
-    found = evaluate([world.a], [path], skip_bad_rows=True, sampling=FAST)
+    found = evaluate([world.a], [path], measuring=replace(FAST, skip_bad_rows=True))
     assert found.rows[0]["n"] == 12
     assert found.notes == ("bad: 1 bad rows were left out",)
     assert found.record["sets"][0]["skipped_rows"] == 1
@@ -310,7 +314,9 @@ def test_bad_rows_are_refused_or_counted(world: World, tmp_path: Path, monkeypat
 def test_cut_texts_and_different_scales_are_noted(world: World, tmp_path: Path) -> None:
     head = load_file(world.b / "model.safetensors")["score.weight"]
     loud = with_head(world.b, tmp_path / "loud", 10 * head)
-    found = evaluate([world.a, loud], [world.data("val")], options=warmerge.LoadOptions(max_length=11), sampling=FAST)
+    found = evaluate(
+        [world.a, loud], [world.data("val")], measuring=replace(FAST, loading=warmerge.LoadOptions(max_length=11))
+    )
     cut, _, scale = found.notes
     assert cut.startswith("val: of 3")
     assert "lost the beginning of their prompt" in cut
@@ -325,7 +331,7 @@ def test_cut_texts_and_different_scales_are_noted(world: World, tmp_path: Path) 
 def test_existing_results_are_refused_before_anything_is_scored(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate([world.a], [world.data("val")], out=tmp_path, sampling=FAST)
+    evaluate([world.a], [world.data("val")], out=tmp_path, measuring=FAST)
     before = (tmp_path / "eval.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_reward_model", never)
@@ -336,7 +342,7 @@ def test_existing_results_are_refused_before_anything_is_scored(
             evaluate([world.b], [world.data("val")], out=tmp_path / "file")
     assert str(caught.value) == f"{tmp_path} holds eval.json already; choose another -o, or add --overwrite"
     assert (tmp_path / "eval.json").read_bytes() == before
-    evaluate([world.b], [world.data("val")], out=tmp_path, sampling=FAST, overwrite=True)
+    evaluate([world.b], [world.data("val")], out=tmp_path, measuring=FAST, overwrite=True)
     assert json.loads((tmp_path / "eval.json").read_text())["rows"][0]["model"] == "b"
 
 
@@ -410,9 +416,9 @@ def test_a_member_may_be_called_like_something_else(world: World, tmp_path: Path
         shutil.copytree(source, tmp_path / name)
     found = evaluate(
         [tmp_path / "start", tmp_path / "average"], [world.data("val")], init=world.start, out=tmp_path / "out",
-        sampling=FAST,
+        measuring=FAST,
     )  # fmt: skip
-    plain = evaluate([world.a, world.b], [world.data("val")], init=world.start, sampling=FAST)
+    plain = evaluate([world.a, world.b], [world.data("val")], init=world.start, measuring=FAST)
     names = [row["model"] for row in found.rows]
     assert len(set(names)) == len(names)
     assert names[:2] == ["checkpoint start", "checkpoint average"]
@@ -426,7 +432,7 @@ def test_a_start_that_is_a_member_is_refused(world: World) -> None:
 
 
 def test_doubts_of_the_merge_are_passed_on(world: World) -> None:
-    found = evaluate([world.a, world.b], [world.data("val")], init=world.alien, sampling=FAST)
+    found = evaluate([world.a, world.b], [world.data("val")], init=world.alien, measuring=FAST)
     assert any("heads look independently drawn" in warning.what for warning in found.warnings)
     assert len(set(found.warnings)) == len(found.warnings)
 
@@ -434,11 +440,11 @@ def test_doubts_of_the_merge_are_passed_on(world: World) -> None:
 def test_an_earlier_merge_is_measured_beside_its_members_and_is_none(world: World, tmp_path: Path) -> None:
     warmerge.average([world.a, world.b], tmp_path / "warm")
     data = [f"val={world.data('val')}"]
-    found = evaluate([tmp_path / "warm", world.a, world.b], data, sampling=FAST)
+    found = evaluate([tmp_path / "warm", world.a, world.b], data, measuring=FAST)
     assert {row["model"]: row["kind"] for row in found.rows if row["kind"] in ("member", "merged")} == {
         "a": "member", "b": "member", "warm": "merged",
     }  # fmt: skip
     merged, average = row_of(found, "warm"), row_of(found, "average")
     assert (merged["accuracy"], merged["reward_mean"]) == (average["accuracy"], pytest.approx(average["reward_mean"]))
-    alone = evaluate([tmp_path / "warm"], data, sampling=FAST)
+    alone = evaluate([tmp_path / "warm"], data, measuring=FAST)
     assert [row["kind"] for row in alone.rows] == ["member", "baseline"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ from warmerge.pipeline.lmc import Curve, lambda_grid, lmc_curve
 from warmerge.pipeline.mixtures import POINTS
 from warmerge.report.results import redraw
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import Bench, Sampling, open_bench
+from warmerge.rewards.bench import Bench, Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import read_all
 
-FAST = Sampling(200, 0)
+FAST = Measuring(resamples=200)
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -40,14 +40,14 @@ def rows_of(curve: Curve, path: str, name: str = "val") -> dict[float, dict[str,
 
 @pytest.fixture(scope="module")
 def bench(world: World) -> Bench:
-    return open_bench(read_all([f"val={world.data('val')}"]))
+    return open_bench([f"val={world.data('val')}"])
 
 
 @pytest.fixture(scope="module")
 def curve(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Curve, Path]:
     out = tmp_path_factory.mktemp("curve") / "out"
     data = [f"val={world.data('val')}", f"ood={world.data('ood')}"]
-    found = lmc_curve([world.a, world.alien], data, out, points=5, extrapolate=0.5, sampling=FAST)
+    found = lmc_curve([world.a, world.alien], data, out, points=5, extrapolate=0.5, measuring=FAST)
     return found, out
 
 
@@ -100,19 +100,19 @@ def test_a_tie_of_all_members_is_a_tie_of_their_ensemble(world: World, bench: Be
         tensors["model.norm.weight"] *= bias  # different members, the same rewards
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     found = lmc_curve(
-        [tmp_path / "one", tmp_path / "two"], [world.data("val")], lambdas=[0, 0.1, 0.3, 1], sampling=FAST
+        [tmp_path / "one", tmp_path / "two"], [world.data("val")], lambdas=[0, 0.1, 0.3, 1], measuring=FAST
     )
     assert {(row["wa"], row["ens"], row["diag"]) for row in found.rows} == {(1.0, 1.0, 1.0)}
 
 
 def test_more_than_two_are_taken_in_all_pairs(world: World) -> None:
-    found = lmc_curve([world.a, world.b, world.c], [world.data("val")], points=3, sampling=FAST)
+    found = lmc_curve([world.a, world.b, world.c], [world.data("val")], points=3, measuring=FAST)
     assert list(dict.fromkeys(row["path"] for row in found.rows)) == ["a -> b", "a -> c", "b -> c"]
     assert [verdict["path"] for verdict in found.verdicts] == ["a -> b", "a -> c", "b -> c"]
 
 
 def test_paths_to_the_mean(world: World, bench: Bench, tmp_path: Path) -> None:
-    found = lmc_curve([world.a, world.b, world.c], [world.data("val")], points=3, path="mean", sampling=FAST)
+    found = lmc_curve([world.a, world.b, world.c], [world.data("val")], points=3, path="mean", measuring=FAST)
     assert list(dict.fromkeys(row["path"] for row in found.rows)) == ["a -> mean", "b -> mean", "c -> mean"]
     warmerge.average([world.a, world.b, world.c], tmp_path / "warm")
     rewards = [bench.score(load_reward_model(folder))["val"] for folder in (world.a, world.b, world.c)]
@@ -157,10 +157,10 @@ def near(world: World, folder: Path, seed: int) -> Path:
 def test_it_holds_between_members_that_are_nearly_one(world: World, tmp_path: Path) -> None:
     members = [near(world, tmp_path / "x", 1), near(world, tmp_path / "y", 2)]
     data = write_rows(tmp_path / "big.jsonl", pairs(500, 9, each=1))
-    (verdict,) = lmc_curve(members, [data], points=3, sampling=FAST).verdicts
+    (verdict,) = lmc_curve(members, [data], points=3, measuring=FAST).verdicts
     assert (verdict["verdict"], verdict["n"], verdict["prompts"], verdict["at"]) == ("holds", 500, 500, 0.5)
     assert verdict["words"].startswith("holds on big: on the way from x to y the average is nowhere below the straight")
-    (few,) = lmc_curve(members, [data], points=3, limit=30, sampling=FAST).verdicts
+    (few,) = lmc_curve(members, [data], points=3, measuring=replace(FAST, limit=30)).verdicts
     assert (few["verdict"], few["n"]) == ("cannot tell", 30)
     assert few["words"].startswith("cannot tell on big: on the way from x to y the average may fall between")
 
@@ -174,7 +174,7 @@ def test_it_does_not_hold_with_a_member_of_other_random_weights(curve: tuple[Cur
 
 
 def test_without_an_inner_point_there_is_no_verdict(world: World) -> None:
-    assert lmc_curve([world.a, world.b], [world.data("ood")], lambdas=[0, 1, 2], sampling=FAST).verdicts == ()
+    assert lmc_curve([world.a, world.b], [world.data("ood")], lambdas=[0, 1, 2], measuring=FAST).verdicts == ()
 
 
 # --- files ---
@@ -185,7 +185,7 @@ def test_files_hold_rows_and_no_weights(curve: tuple[Curve, Path], world: World)
     assert sorted(path.name for path in out.iterdir()) == [
         "curve-verdicts.csv", "curve.csv", "curve.json", "curve.png", "curve.svg", POINTS
     ]  # fmt: skip
-    texts = {name: len(open_bench(read_all([f"{name}={world.data(name)}"])).texts()[name]) for name in ("val", "ood")}
+    texts = {name: len(open_bench([f"{name}={world.data(name)}"]).texts()[name]) for name in ("val", "ood")}
     with safe_open(out / POINTS, framework="numpy") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             name, *weights = json.loads(key)
@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     curve: tuple[Curve, Path], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = [f"val={world.data('val')}", f"ood={world.data('ood')}"]
-    arguments: dict[str, Any] = {"points": 5, "extrapolate": 0.5, "sampling": FAST}
+    arguments: dict[str, Any] = {"points": 5, "extrapolate": 0.5}
     original, calls = Bench.score, []
 
     def counted(self: Bench, model: Any) -> Any:
@@ -237,9 +237,11 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     assert caught.value.exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == [POINTS]
     begun: list[int] = []
-    again = lmc_curve([world.a, world.alien], data, tmp_path, **arguments, on_work=begun.append)
+    again = lmc_curve(
+        [world.a, world.alien], data, tmp_path, **arguments, measuring=replace(FAST, on_work=begun.append)
+    )
     assert len(calls) == 4 + 6  # nine points in all; the fourth was lost
-    texts = sum(len(open_bench(read_all([part])).sets[0].texts.texts) for part in data)
+    texts = sum(len(open_bench([part]).sets[0].texts.texts) for part in data)
     assert begun == [6 * texts]
     for name in ("curve.csv", "curve-verdicts.csv", "curve.png", "curve.svg"):
         assert (tmp_path / name).read_bytes() == (curve[1] / name).read_bytes(), name
@@ -256,7 +258,7 @@ def test_finished_results_are_refused_before_anything_is_scored(
         lmc_curve([world.a, world.alien], data, tmp_path / "out", points=5)
     assert str(caught.value) == f"{tmp_path / 'out'} holds curve.json already; choose another -o, or add --overwrite"
     # Fewer points of the same inputs: nothing is scored.
-    fewer = lmc_curve([world.a, world.alien], data, tmp_path / "out", points=3, sampling=FAST, overwrite=True)
+    fewer = lmc_curve([world.a, world.alien], data, tmp_path / "out", points=3, measuring=FAST, overwrite=True)
     assert len(fewer.rows) == 6
     assert fewer.record["cut"] == curve[0].record["cut"]
 
@@ -267,9 +269,9 @@ def test_finished_results_are_refused_before_anything_is_scored(
         {"checkpoints": ["a", "b"]},
         {"checkpoints": ["alien", "a"]},
         {"data": ["ood"]},
-        {"limit": 50},
-        {"options": LoadOptions(max_length=30)},
-        {"options": LoadOptions(dtype="bfloat16")},
+        {"measuring": Measuring(limit=50)},
+        {"measuring": Measuring(LoadOptions(max_length=30))},
+        {"measuring": Measuring(LoadOptions(dtype="bfloat16"))},
     ],
 )
 def test_points_of_something_else_are_refused(
@@ -328,8 +330,8 @@ def test_models_that_may_not_be_averaged_are_refused(world: World, tmp_path: Pat
 
 def test_an_average_that_loses_what_the_ensemble_keeps_is_told_apart(world: World) -> None:
     data = [f"val={world.data('val')}"]
-    (near,) = lmc_curve([world.a, world.b], data, points=3, sampling=FAST).verdicts
-    (far,) = lmc_curve([world.a, world.alien], data, points=3, sampling=FAST).verdicts
+    (near,) = lmc_curve([world.a, world.b], data, points=3, measuring=FAST).verdicts
+    (far,) = lmc_curve([world.a, world.alien], data, points=3, measuring=FAST).verdicts
     assert "below the ensemble" not in near["words"]
     assert near["below_ensemble"] < 0.1
     assert far["below_ensemble_low"] > far["tolerance"]
@@ -345,7 +347,7 @@ def test_an_end_that_only_guesses_is_judged_by_the_ensemble(world: World, tmp_pa
     tensors = load_file(world.a / "model.safetensors")
     drawn = {name: t.std() * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
     save_file(drawn, tmp_path / "random" / "model.safetensors", metadata={"format": "pt"})
-    (verdict,) = lmc_curve([world.a, tmp_path / "random"], [world.data("val")], points=5, sampling=FAST).verdicts
+    (verdict,) = lmc_curve([world.a, tmp_path / "random"], [world.data("val")], points=5, measuring=FAST).verdicts
     assert (verdict["against"], verdict["verdict"]) == ("ensemble", "does not hold")
     assert verdict["low"] < verdict["tolerance"] < verdict["below_ensemble_low"]
     assert (
@@ -355,5 +357,5 @@ def test_an_end_that_only_guesses_is_judged_by_the_ensemble(world: World, tmp_pa
     assert verdict["words"].endswith(
         "Averaging their weights loses what averaging their rewards keeps: do not merge them."
     )
-    (sound,) = lmc_curve([world.a, world.b], [world.data("val")], points=3, sampling=FAST).verdicts
+    (sound,) = lmc_curve([world.a, world.b], [world.data("val")], points=3, measuring=FAST).verdicts
     assert sound["against"] == "line"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from safetensors.torch import load_file
 from warmerge.errors import Interrupted, RefusedError, UsageError
 from warmerge.pipeline import mixtures as module
 from warmerge.pipeline.mixtures import POINTS, Mixtures, open_mixtures
-from warmerge.rewards.bench import Bench, open_bench
+from warmerge.rewards.bench import Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import read_all
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def small(tmp_path: Path, world: World) -> Any:
         shutil.copytree(getattr(world, name), tmp_path / name)
     data = write_rows(tmp_path / "val.jsonl", pairs(12, 1))
 
-    def opened(store: Path | None = tmp_path / "out", **options: Any) -> Mixtures:
-        bench: Bench = open_bench(read_all([f"val={data}"]))
-        return open_mixtures([tmp_path / "a", tmp_path / "b"], bench, store=store, **options)
+    def opened(store: Path | None = tmp_path / "out", overwrite: bool = False, **loading: Any) -> Mixtures:
+        bench = open_bench([f"val={data}"], Measuring(LoadOptions(**loading)))
+        return open_mixtures([tmp_path / "a", tmp_path / "b"], bench, store, overwrite)
 
     return opened
 
@@ -53,7 +53,7 @@ def test_a_member_alone_and_the_average_are_what_they_are_on_disk(tmp_path: Path
 def test_what_was_computed_is_kept_and_not_computed_again(
     tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = small(options=LoadOptions(max_length=12))
+    first = small(max_length=12)
     wanted = [first.single(0), (0.25, 0.75)]
     texts = len(first.bench.texts()["val"])
     assert first.missing(wanted) == 2 * texts
@@ -62,7 +62,7 @@ def test_what_was_computed_is_kept_and_not_computed_again(
     with safe_open(tmp_path / "out" / POINTS, framework="numpy") as file:
         assert sorted(file.keys()) == ['["val", 0.25, 0.75]', '["val", 1.0, 0.0]']
     monkeypatch.setattr(module, "load_reward_model", never)
-    again = small(options=LoadOptions(max_length=12))
+    again = small(max_length=12)
     assert again.missing([*wanted, (0.5, 0.5)]) == texts
     again.measure(wanted)
     for weights in wanted:
@@ -105,7 +105,7 @@ def test_points_of_other_inputs_are_refused(
             path = tmp_path / name / "config.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
     elif what == "options":
-        options = {"options": LoadOptions(max_length=20)}
+        options = {"max_length": 20}
     elif what == "data":
         write_rows(tmp_path / "val.jsonl", pairs(12, 2))
     else:
@@ -181,7 +181,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path, small: Any, kept: int, message
     def stopped(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    found.bench.progress = stopped
+    found.bench.measuring = replace(found.bench.measuring, progress=stopped)
     with pytest.raises(Interrupted) as caught:
         found.rewards((0.5, 0.5))
     assert str(caught.value) == message.replace("OUT", str(tmp_path / "out"))

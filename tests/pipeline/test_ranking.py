@@ -13,15 +13,14 @@ from warmerge.pipeline import mixtures as module
 from warmerge.pipeline.mixtures import Mixtures, open_mixtures
 from warmerge.pipeline.ranking import accuracy, parse_selection, rank, select_members
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import open_bench
+from warmerge.rewards.bench import Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import read_all
 
 
 @pytest.fixture(scope="module")
 def four(world: World) -> Mixtures:
     """harmful, a, b and alien on two sets."""
-    bench = open_bench(read_all([f"val={world.data('val')}", f"ood={world.data('ood')}"]))
+    bench = open_bench([f"val={world.data('val')}", f"ood={world.data('ood')}"])
     return open_mixtures([world.harmful, world.a, world.b, world.alien], bench)
 
 
@@ -76,7 +75,7 @@ def test_the_chosen_stay_in_the_order_that_was_given(world: World) -> None:
     assert kept == [world.a, world.c, world.b]
     assert record["kept"] == [str(folder) for folder in kept]
     assert list(record["accuracies"]) == [str(folder) for folder in members]
-    bench = open_bench(read_all([world.data("val")]))
+    bench = open_bench([world.data("val")])
     own = metrics.right(bench.sets[0].margins(bench.score(load_reward_model(world.harmful))["val"])).mean()
     assert record["accuracies"][str(world.harmful)] == own
     assert (record["selection"], record["sets"][0]["n"]) == ("best:3", 160)
@@ -106,7 +105,7 @@ def test_what_may_not_be_averaged_is_refused_before_anything_is_scored(
 
 def test_the_length_limit_is_used(world: World) -> None:
     seen: list[int] = []
-    whole = select_members([world.a, world.b], "best:2", [world.data("val")], on_work=seen.append)[1]
-    cut = select_members([world.a, world.b], "best:2", [world.data("val")], options=LoadOptions(max_length=6))[1]
+    whole = select_members([world.a, world.b], "best:2", [world.data("val")], Measuring(on_work=seen.append))[1]
+    cut = select_members([world.a, world.b], "best:2", [world.data("val")], Measuring(LoadOptions(max_length=6)))[1]
     assert cut["accuracies"] != whole["accuracies"]
-    assert seen == [2 * len(open_bench(read_all([world.data("val")])).sets[0].texts.texts)]
+    assert seen == [2 * len(open_bench([world.data("val")]).sets[0].texts.texts)]

@@ -17,7 +17,6 @@ from warmerge.pipeline import score as module
 from warmerge.pipeline.score import reward_function, score_file
 from warmerge.rewards.bench import open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import read_all
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ ' and ' + m.name if m.name is defined }} {% endfor %}"
 
@@ -91,7 +90,7 @@ def test_rewards_are_those_of_eval(world: World, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in done.out.read_text().splitlines()]
     row = warmerge.evaluate([world.a], [path]).rows[0]
     assert row["accuracy"] == numpy.mean([r["reward_chosen"] >= r["reward_rejected"] for r in rows])
-    bench = open_bench(read_all([f"val={path}"]))
+    bench = open_bench([f"val={path}"])
     rewards, texts = bench.score(load_reward_model(world.a))["val"], bench.sets[0].texts
     assert [r["reward_chosen"] for r in rows] == pytest.approx([rewards[i[0]] for i in texts.chosen], abs=1e-5)
     assert (done.rows, done.answers, done.skipped, done.notes) == (160, 320, 0, [])

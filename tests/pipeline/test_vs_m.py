@@ -16,11 +16,10 @@ from warmerge.pipeline import mixtures
 from warmerge.pipeline.mixtures import POINTS
 from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import Bench, Sampling, open_bench
+from warmerge.rewards.bench import Bench, Measuring, open_bench
 from warmerge.rewards.model import load_reward_model
-from warmerge.rewards.pairs import read_all
 
-FAST = Sampling(200, 0)
+FAST = Measuring(resamples=200)
 SAME = "members are ranked and reported on the same set, which overstates every M; rank on others: --select-data"
 
 
@@ -29,7 +28,7 @@ def found(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Accur
     out = tmp_path_factory.mktemp("vs_m") / "out"
     members = [world.harmful, world.a, world.b, world.c]
     data, select = [f"val={world.data('val')}"], [f"ood={world.data('ood')}"]
-    return accuracy_vs_m(members, data, out, select_data=select, sampling=FAST), out
+    return accuracy_vs_m(members, data, out, select_data=select, measuring=FAST), out
 
 
 def test_each_row_is_the_average_and_the_ensemble_of_the_first_m(
@@ -39,7 +38,7 @@ def test_each_row_is_the_average_and_the_ensemble_of_the_first_m(
     assert [row["m"] for row in rows] == [1, 2, 3, 4]
     assert [row["added"] for row in rows] == record["ranking"]
     assert record["ranking"][-1] == "harmful"
-    bench = open_bench(read_all([f"val={world.data('val')}"]))
+    bench = open_bench([f"val={world.data('val')}"])
     order = [getattr(world, name) for name in record["ranking"]]
     rewards = [bench.score(load_reward_model(folder))["val"] for folder in order]
 
@@ -74,7 +73,7 @@ def test_files(found: tuple[AccuracyVsM, Path]) -> None:
 def test_greedy_leaves_out_who_does_harm(world: World) -> None:
     members = [world.harmful, world.a, world.b]
     result = accuracy_vs_m(
-        members, [f"val={world.data('val')}"], order="greedy", select_data=[world.data("ood")], sampling=FAST
+        members, [f"val={world.data('val')}"], order="greedy", select_data=[world.data("ood")], measuring=FAST
     )
     assert "harmful" not in result.record["ranking"]
     assert "harmful" in result.record["left_out"]
@@ -82,11 +81,11 @@ def test_greedy_leaves_out_who_does_harm(world: World) -> None:
 
 
 def test_ranking_and_reporting_on_one_set_is_said(world: World) -> None:
-    result = accuracy_vs_m([world.a, world.b], [f"val={world.data('val')}"], sampling=FAST)
+    result = accuracy_vs_m([world.a, world.b], [f"val={world.data('val')}"], measuring=FAST)
     assert [str(warning) for warning in result.warnings] == [f"val: {SAME}"]
     assert {row["selected_on"] for row in result.rows} == {True}
     assert result.record["selected_on"] == ["val"]
-    shuffled = accuracy_vs_m([world.a, world.b], [f"val={world.data('val')}"], order="random", sampling=FAST)
+    shuffled = accuracy_vs_m([world.a, world.b], [f"val={world.data('val')}"], order="random", measuring=FAST)
     assert shuffled.warnings == ()
     assert {row["selected_on"] for row in shuffled.rows} == {False}
     assert shuffled.record["selected_on"] == []
@@ -98,10 +97,10 @@ def test_shared_prompts_are_found_whatever_the_file_is_called(world: World, tmp_
     report = write_rows(tmp_path / "report.jsonl", rows)
     turned = write_rows(tmp_path / "turned.jsonl", rows[::-1])
     some = write_rows(tmp_path / "some.jsonl", [*rows[:4], *pairs(10, 2)])
-    result = accuracy_vs_m([world.a, world.b], [report], select_data=[turned], sampling=FAST)
+    result = accuracy_vs_m([world.a, world.b], [report], select_data=[turned], measuring=FAST)
     assert [str(warning) for warning in result.warnings] == [f"report: {SAME}"]
     assert {row["selected_on"] for row in result.rows} == {True}
-    result = accuracy_vs_m([world.a, world.b], [report], select_data=[some], sampling=FAST)
+    result = accuracy_vs_m([world.a, world.b], [report], select_data=[some], measuring=FAST)
     assert [str(warning) for warning in result.warnings] == [
         "report: members are ranked on 2 of its 10 prompts, which overstates every M; rank on others: --select-data"
     ]
@@ -140,7 +139,7 @@ def test_ctrl_c_while_greedy_tries_keeps_what_is_known(
             raise KeyboardInterrupt
         return original(self, model)
 
-    arguments: dict[str, Any] = {"order": "greedy", "select_data": [world.data("ood")], "sampling": FAST}
+    arguments: dict[str, Any] = {"order": "greedy", "select_data": [world.data("ood")], "measuring": FAST}
     members, data = [world.a, world.b, world.c], [f"val={world.data('val')}"]
     monkeypatch.setattr(Bench, "score", counted)
     with pytest.raises(Interrupted, match=f"stopped; 3 points are kept in {tmp_path}; the same command goes on there"):

@@ -13,7 +13,7 @@ from reward_world import pairs, write_rows
 from warmerge.errors import UsageError
 from warmerge.rewards.bench import (
     Bench,
-    Sampling,
+    Measuring,
     answer_lengths,
     columns,
     cut_words,
@@ -23,11 +23,10 @@ from warmerge.rewards.bench import (
 )
 from warmerge.rewards.metrics import Estimate
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import read_all
 
 
 def bench_of(tmp_path: Path, rows: list[Any], name: str = "val", **options: Any) -> Bench:
-    return open_bench(read_all([f"{name}={write_rows(tmp_path / f'{name}.jsonl', rows)}"]), **options)
+    return open_bench([f"{name}={write_rows(tmp_path / f'{name}.jsonl', rows)}"], Measuring(**options))
 
 
 @pytest.mark.parametrize(
@@ -41,12 +40,12 @@ def test_a_bootstrap_that_cannot_be_is_refused_before_anything_is_scored(
     resamples: int, seed: int, message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        Sampling(resamples, seed)
+        Measuring(resamples=resamples, seed=seed)
     assert str(caught.value) == message
 
 
 def test_how_intervals_are_made_is_said() -> None:
-    assert Sampling(500, 7).record() == "percentile bootstrap over prompts, 500 resamples, seed 7"
+    assert Measuring(resamples=500, seed=7).intervals() == "percentile bootstrap over prompts, 500 resamples, seed 7"
 
 
 def test_no_set_and_one_prompt_are_refused(tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ def test_a_set_is_counted_in_comparisons_and_prompts(tmp_path: Path) -> None:
 
 
 def test_all_models_see_the_same_resampled_prompts(tmp_path: Path) -> None:
-    bench = bench_of(tmp_path, pairs(20, 1), sampling=Sampling(100, 3))
+    bench = bench_of(tmp_path, pairs(20, 1), resamples=100, seed=3)
     values = numpy.random.default_rng(0).random((1, 20))
     means, drawn = bench.means(bench.sets[0], numpy.concatenate([values, values + 1]))
     assert means == pytest.approx([values.mean(), values.mean() + 1])

@@ -14,13 +14,10 @@ from warmerge.errors import RefusedError, UsageError
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, open_bench
 from warmerge.rewards.corruption import Corruption, memorised, read_corruption, split_by_corruption
-from warmerge.rewards.pairs import read_all
 
 
 def bench_of(tmp_path: Path, **sets: list[Any]) -> Bench:
-    return open_bench(
-        read_all([f"{name}={write_rows(tmp_path / f'{name}.jsonl', rows)}" for name, rows in sets.items()])
-    )
+    return open_bench([f"{name}={write_rows(tmp_path / f'{name}.jsonl', rows)}" for name, rows in sets.items()])
 
 
 def of(bench: Bench, swapped: tuple[int, ...] = (1, 4, 5)) -> Corruption:

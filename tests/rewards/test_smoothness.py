@@ -9,15 +9,14 @@ import numpy
 import pytest
 from reward_world import pairs, write_rows
 
-from warmerge.rewards.bench import Bench, Sampling, open_bench
+from warmerge.rewards.bench import Bench, Measuring, open_bench
 from warmerge.rewards.corruption import Corruption, split_by_corruption
-from warmerge.rewards.pairs import read_all
 from warmerge.rewards.perturb import PERTURBATIONS, perturb
 from warmerge.rewards.smoothness import Sample, movements, sample_changes
 
 
 def bench_of(tmp_path: Path, rows: list[Any]) -> Bench:
-    return open_bench(read_all([f"val={write_rows(tmp_path / 'val.jsonl', rows)}"]), sampling=Sampling(200, 0))
+    return open_bench([f"val={write_rows(tmp_path / 'val.jsonl', rows)}"], Measuring(resamples=200))
 
 
 def test_so_many_answers_in_every_change_that_there_is(tmp_path: Path) -> None:

@@ -181,13 +181,12 @@ def _select(
     checkpoints: list[str], select: str, data: list[str], base: str | None, max_length: int | None
 ) -> tuple[list[str], dict[str, Any]]:
     from warmerge.pipeline.ranking import select_members
+    from warmerge.rewards.bench import Measuring
     from warmerge.rewards.model import LoadOptions
 
-    options = LoadOptions(max_length=max_length)
     with bar("selecting", "texts") as (begin, advance):
-        kept, record = select_members(
-            checkpoints, select, data, base=base, options=options, on_work=begin, progress=advance
-        )
+        measuring = Measuring(LoadOptions(max_length=max_length), base, on_work=begin, progress=advance)
+        kept, record = select_members(checkpoints, select, data, measuring)
     names = [str(checkpoint) for checkpoint in kept]
     typer.echo(f"selected {len(names)} of {len(checkpoints)}: {', '.join(map(plain, names))}", err=True)
     return names, record

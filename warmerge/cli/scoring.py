@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from warmerge.errors import UsageError
 if TYPE_CHECKING:
     from warmerge.pipeline.lmc import Curve
     from warmerge.pipeline.vs_m import AccuracyVsM
+    from warmerge.rewards.bench import Measuring
+    from warmerge.rewards.model import LoadOptions
 
 _MODEL, _DATA, _OUTPUT = "Model", "Data", "Output"
 AdaptedModel = Annotated[
@@ -111,13 +114,14 @@ def evaluate(
     with errors(debug):
         from warmerge.pipeline.evaluate import evaluate as run
 
-        with bar("scoring", "texts") as (begin, advance):
+        with bar("scoring", "texts") as progress:
+            loading = _loading(device, dtype, template, max_length, trust_remote_code)
             found = run(
-                checkpoints, _given(data), out=out, init=init, base=base, with_average=not no_average,
-                perturb_answers=perturb, mask=mask, overwrite=overwrite, on_work=begin,
-                command=["warmerge", *sys.argv[1:]],
-                options=_options(device, dtype, template, max_length, trust_remote_code),
-                **_common(batch_tokens, limit, skip_bad_rows, resamples, seed, threads, advance),
+                checkpoints, _given(data), out=out, init=init, with_average=not no_average, perturb_answers=perturb,
+                mask=mask, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
+                measuring=_measuring(
+                    loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress
+                ),
             )  # fmt: skip
         warn(found.warnings)
         if as_json:
@@ -185,11 +189,13 @@ def lmc_curve(
                 "--points, --lambdas, --extrapolate, --path and --tolerance do not go with --accuracy-vs-m"
             )
         found: Curve | AccuracyVsM
-        with bar("scoring", "texts") as (begin, advance):
+        with bar("scoring", "texts") as progress:
+            loading = _loading(device, dtype, template, max_length, trust_remote_code)
             common: dict[str, Any] = {
-                "base": base, "overwrite": overwrite, "command": ["warmerge", *sys.argv[1:]], "on_work": begin,
-                "options": _options(device, dtype, template, max_length, trust_remote_code),
-                **_common(batch_tokens, limit, skip_bad_rows, resamples, seed, threads, advance),
+                "overwrite": overwrite, "command": ["warmerge", *sys.argv[1:]],
+                "measuring": _measuring(
+                    loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress
+                ),
             }  # fmt: skip
             if accuracy_vs_m:
                 found = vs_m.accuracy_vs_m(
@@ -245,7 +251,7 @@ def score(
             done = score_file(
                 checkpoint, data, out, column=column, base=base, skip_bad_rows=skip_bad_rows,
                 batch_tokens=_positive("--batch-tokens", batch_tokens),
-                options=_options(device, dtype, template, max_length, trust_remote_code),
+                options=_loading(device, dtype, template, max_length, trust_remote_code),
                 overwrite=overwrite, on_work=begin, progress=advance,
             )  # fmt: skip
         warn(done.warnings)
@@ -275,27 +281,27 @@ def _given(data: list[str] | None) -> list[str]:
     return data
 
 
-def _options(device: str, dtype: str, template: str, max_length: int | None, trust_remote_code: bool) -> Any:
+def _loading(device: str, dtype: str, template: str, max_length: int | None, trust_remote_code: bool) -> LoadOptions:
     from warmerge.rewards.model import LoadOptions
 
     return LoadOptions(device, dtype, template, max_length, trust_remote_code)
 
 
-def _common(
-    batch_tokens: int | None,
+def _measuring(
+    loading: LoadOptions,
+    base: str | None,
     limit: int | None,
     skip_bad_rows: bool,
     resamples: int,
     seed: int,
+    batch_tokens: int | None,
     threads: int | None,
-    progress: Any,
-) -> dict[str, Any]:
-    from warmerge.rewards.bench import Sampling
+    progress: tuple[Callable[[int], None], Callable[[int], None]],
+) -> Measuring:
+    from warmerge.rewards.bench import Measuring
 
-    return {
-        "batch_tokens": _positive("--batch-tokens", batch_tokens), "limit": limit, "skip_bad_rows": skip_bad_rows,
-        "sampling": Sampling(resamples, seed), "threads": threads, "progress": progress,
-    }  # fmt: skip
+    batch_tokens = _positive("--batch-tokens", batch_tokens)
+    return Measuring(loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, *progress)
 
 
 def _positive(flag: str, value: int | None) -> int | None:

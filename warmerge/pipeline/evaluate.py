@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,12 @@ from warmerge.errors import Finding, RefusedError, UsageError, plain
 from warmerge.pipeline.prepare import Spec, mixture, prepare, short_labels
 from warmerge.report.results import EVAL, check_results, write_results
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import Bench, Sampling, Subset, answer_lengths, data_notes, open_bench, set_record
+from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, open_bench, results_record
 from warmerge.rewards.corruption import memorised, read_corruption, split_by_corruption
 from warmerge.rewards.ensembles import ENSEMBLES, Scored, constant, ensemble_moved, with_ensembles
-from warmerge.rewards.model import LoadOptions, RewardModel, fill, load_reward_model
-from warmerge.rewards.pairs import read_all
+from warmerge.rewards.model import RewardModel, fill, load_reward_model
 from warmerge.rewards.scoring import method_of, one_by_one
 from warmerge.rewards.smoothness import Sample, movements, sample_changes
-from warmerge.version import versions
 from warmerge.weights.checkpoint import read_json
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST
@@ -67,20 +65,12 @@ def evaluate(
     *,
     out: Spec | None = None,
     init: Spec | None = None,
-    base: Spec | None = None,
     with_average: bool = True,
     perturb_answers: int = 0,
     mask: Spec | None = None,
-    options: LoadOptions | None = None,
-    batch_tokens: int | None = None,
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
-    sampling: Sampling | None = None,
-    threads: int | None = None,
+    measuring: Measuring | None = None,
     overwrite: bool = False,
     command: Sequence[str] = (),
-    on_work: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Accuracy of each checkpoint, of their ensembles and of their average (computed in memory), side by side.
 
@@ -91,12 +81,10 @@ def evaluate(
         out: a folder for eval.json, the tables as CSV, and the figure.
         init: the start that the members share: also measured itself, and half-way between it and each member. An
             average has to beat plain shrinkage to be worth its cost.
-        base: for LoRA adapters, the model that they adapt.
         with_average: False compares models that cannot be averaged.
         perturb_answers: so many answers of each set are also scored after small changes that should not matter.
         mask: a corruption.json; the set that it is of is split into swapped and clean pairs.
-        limit: a random sample of about so many comparisons of each set.
-        on_work, progress: called with the number of texts to score, and with those that are done.
+        measuring: how models are loaded and scored, sets are read and intervals made.
 
     Raises:
         UsageError, RefusedError, RemoteError: see warmerge.errors. Nothing was scored before a UsageError.
@@ -107,42 +95,31 @@ def evaluate(
         >>> found.rows[0]["accuracy"]  # doctest: +SKIP
         0.7123
     """
-    options, sampling = options or LoadOptions(), sampling or Sampling()
+    measuring = measuring or Measuring()
     if perturb_answers < 0:
         raise UsageError(f"--perturb: expected a number of answers, found {perturb_answers}")
     named = dict(zip(_names(checkpoints), checkpoints, strict=True))
-    merged = {name: checkpoint for name, checkpoint in named.items() if _was_merged(checkpoint, base)}
+    merged = {name: checkpoint for name, checkpoint in named.items() if _was_merged(checkpoint, measuring.base)}
     members = {name: checkpoint for name, checkpoint in named.items() if name not in merged} or named
     if out is not None:
         check_results(Path(out), EVAL, overwrite)
-    sets = read_all(data, skip_bad_rows=skip_bad_rows, limit=limit, seed=sampling.seed)
-    bench = open_bench(sets, batch_tokens, sampling, progress)
+    bench = open_bench(data, measuring)
     if mask is not None:
         bench.sets = split_by_corruption(bench.sets, read_corruption(Path(mask)))
-    merges, warnings = _merges(members, init, base, with_average)
+    merges, warnings = _merges(members, init, measuring.base, with_average)
     samples = sample_changes(bench, perturb_answers) if perturb_answers else []
-    if on_work is not None:
-        passes = len(named) + len(merges) + (init is not None)
-        changed = (len(members) + (len(merges) > 0)) * sum(len(sample.changed) for sample in samples)
-        on_work(passes * sum(map(len, bench.texts().values())) + changed)
+    passes = len(named) + len(merges) + (init is not None)
+    changed = (len(members) + (len(merges) > 0)) * sum(len(sample.changed) for sample in samples)
+    measuring.on_work(passes * sum(map(len, bench.texts().values())) + changed)
     others = [] if init is None else [(START, init, "start")]
     others += [(name, checkpoint, "merged") for name, checkpoint in merged.items() if members is not named]
-    scored, moved, doubts = _score_all(members, others, base, merges, bench, samples, options, threads)
+    scored, moved, doubts = _score_all(members, others, merges, bench, samples)
     lengths = {name: answer_lengths(texts) for name, texts in bench.texts().items()}
     models = [*with_ensembles(scored), Scored(LENGTH, "baseline", lengths)]
     rows, differences = _compare(bench, models)
     moves = movements(bench, samples, {model.name: model.rewards for model in models}, ensemble_moved(scored, moved))
-    record = {
-        "format": "warmerge eval 1",
-        "command": list(command),
-        "versions": versions(),
-        "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
-        "sets": [set_record(subset) for subset in bench.sets],
-        "intervals": sampling.record(),
-        "loading": asdict(options),
-        "cut": bench.cuts(),
-    }
-    notes = [*data_notes(bench.sets, bench.cuts()), *_notes(scored), *memorised(bench.sets, rows)]
+    record = results_record("eval 1", command, checkpoints, bench, bench.cuts())
+    notes = [*record["notes"], *_notes(scored), *memorised(bench.sets, rows)]
     found = tuple(dict.fromkeys((*warnings, *doubts)))
     result = Evaluation(tuple(rows), tuple(differences), tuple(moves), tuple(notes), found, record)
     if out is not None:
@@ -200,12 +177,9 @@ def _merges(
 def _score_all(
     members: Mapping[str, Spec],
     others: Sequence[tuple[str, Spec, str]],
-    base: Spec | None,
     merges: Sequence[Merge],
     bench: Bench,
     samples: Sequence[Sample],
-    options: LoadOptions,
-    threads: int | None,
 ) -> tuple[list[Scored], dict[str, list[Array]], list[Finding]]:
     """Every model's rewards of the sets, of the changed answers (members and average), and doubts of the models.
 
@@ -225,7 +199,7 @@ def _score_all(
     model = None
     for name, checkpoint, kind in [*others, *((name, spec, "member") for name, spec in members.items())]:
         model = None  # frees the last one first
-        model = load_reward_model(checkpoint, options, base)
+        model = load_reward_model(checkpoint, bench.measuring.loading, bench.measuring.base)
         doubts += model.warnings
         if method_of(model) is one_by_one:
             what = "is scored one text at a time: no faster way agrees with its own output"
@@ -233,7 +207,7 @@ def _score_all(
         measure(model, name, kind)
     for merge in merges:
         assert model is not None
-        measure(fill(model, merge.plan, merge.name, threads), merge.name, merge.kind)
+        measure(fill(model, merge.plan, merge.name, bench.measuring.threads), merge.name, merge.kind)
     return scored, moved, doubts
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,8 @@ from warmerge.errors import Finding, UsageError
 from warmerge.pipeline.mixtures import Mixtures, Weights, open_mixtures
 from warmerge.pipeline.prepare import Spec, short_labels
 from warmerge.report.results import CURVE, check_results, write_results
-from warmerge.rewards import metrics
-from warmerge.rewards.bench import Sampling, Subset, columns, data_notes, open_bench, set_record
-from warmerge.rewards.model import LoadOptions
-from warmerge.rewards.pairs import read_all
-from warmerge.version import versions
+from warmerge.rewards import barriers, metrics
+from warmerge.rewards.bench import Measuring, Subset, columns, open_bench, results_record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,17 +68,9 @@ def lmc_curve(
     extrapolate: float = 0.0,
     path: str = "pairs",
     tolerance: float = 0.01,
-    base: Spec | None = None,
-    options: LoadOptions | None = None,
-    batch_tokens: int | None = None,
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
-    sampling: Sampling | None = None,
-    threads: int | None = None,
+    measuring: Measuring | None = None,
     overwrite: bool = False,
     command: Sequence[str] = (),
-    on_work: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Curve:
     """Accuracy along the straight path between reward models, in weights and in rewards, with a verdict for each set.
 
@@ -96,6 +85,7 @@ def lmc_curve(
         points: so many equally spaced lambdas from 0 to 1; `lambdas` gives them one by one.
         extrapolate: how far to go beyond both ends, in the same steps, rounded up to whole ones.
         tolerance: the fall below the line, as a fraction, that counts as a barrier.
+        measuring: how models are loaded and scored, sets are read and intervals made.
 
     Raises:
         UsageError, RefusedError, RemoteError: see warmerge.errors.
@@ -106,7 +96,6 @@ def lmc_curve(
         >>> warmerge.lmc_curve(["runs/1", "runs/2"], ["val.jsonl"]).verdicts[0]["verdict"]  # doctest: +SKIP
         'holds'
     """
-    options, sampling = options or LoadOptions(), sampling or Sampling()
     if len(checkpoints) < 2:
         raise UsageError("a path has two ends: give two checkpoints or more")
     if path not in PATHS:
@@ -117,16 +106,12 @@ def lmc_curve(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_results(folder, CURVE, overwrite)
-    sets = read_all(data, skip_bad_rows=skip_bad_rows, limit=limit, seed=sampling.seed)
-    bench = open_bench(sets, batch_tokens, sampling, progress)
-    mixtures = open_mixtures(
-        checkpoints, bench, base=base, options=options, threads=threads, store=folder, overwrite=overwrite
-    )
+    bench = open_bench(data, measuring)
+    mixtures = open_mixtures(checkpoints, bench, folder, overwrite)
     lines = lines_between(mixtures, short_labels(checkpoints), path)
     singles = [mixtures.single(i) for i in range(mixtures.count)]
     wanted = [*singles, *(line.at(lam) for line in lines for lam in (0.0, 1.0, *grid))]
-    if on_work is not None:
-        on_work(mixtures.missing(wanted))
+    bench.measuring.on_work(mixtures.missing(wanted))
     mixtures.measure(wanted)
     rows, verdicts = [], []
     for line, subset in itertools.product(lines, bench.sets):
@@ -134,17 +119,10 @@ def lmc_curve(
         rows += made
         verdicts += verdict
     record = {
-        "format": "warmerge lmc-curve 1",
-        "command": list(command),
-        "versions": versions(),
-        "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
+        **results_record("lmc-curve 1", command, checkpoints, bench, mixtures.cuts),
         "fingerprint": mixtures.fingerprint,
-        "sets": [set_record(subset) for subset in bench.sets],
-        "intervals": f"{sampling.record()}; barrier: simultaneous over the inner points",
+        "intervals": f"{bench.measuring.intervals()}; barrier: simultaneous over the inner points",
         "tolerance": tolerance,
-        "loading": asdict(options),
-        "cut": mixtures.cuts,
-        "notes": data_notes(bench.sets, mixtures.cuts),
     }
     curve = Curve(tuple(rows), tuple(verdicts), mixtures.warnings, record)
     if folder is not None:
@@ -189,69 +167,94 @@ def lines_between(mixtures: Mixtures, labels: Sequence[str], path: str) -> list[
     return [Line(f"{labels[i]} -> {labels[j]}", mixtures.single(i), mixtures.single(j)) for i, j in pairs]
 
 
+@dataclass(frozen=True)
+class Accuracies:
+    """At each lambda of a path: `means` (L,), in each resample `drawn` (B, L), of each comparison `right` (L, n)."""
+
+    means: Array
+    drawn: Array
+    right: Array
+
+    def __sub__(self, other: Accuracies) -> Accuracies:
+        return Accuracies(self.means - other.means, self.drawn - other.drawn, self.right - other.right)
+
+
 def trace(
     line: Line, subset: Subset, mixtures: Mixtures, grid: Sequence[float], tolerance: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of one path on one set, and its verdict (none where no lambda lies between the ends)."""
-    bench = mixtures.bench
+    bench, lam, points = mixtures.bench, numpy.asarray(grid), len(grid)
     member = numpy.stack([mixtures.rewards(mixtures.single(i))[subset.scored] for i in range(mixtures.count)])
-    wa = numpy.stack([mixtures.rewards(line.at(lam))[subset.scored] for lam in (0.0, 1.0, *grid)])
+    weights = numpy.stack([mixtures.rewards(line.at(lam))[subset.scored] for lam in (0.0, 1.0, *grid)])
     # Not a matrix product: its sums may round differently from column to column, and break a tie of all members.
-    ens = numpy.stack([sum(w * rewards for w, rewards in zip(line.at(lam), member, strict=True)) for lam in grid])
-    right = metrics.right(subset.margins(numpy.concatenate([wa, ens])))
+    ensembles = numpy.stack([sum(w * r for w, r in zip(line.at(lam), member, strict=True)) for lam in grid])
+    right = metrics.right(subset.margins(numpy.concatenate([weights, ensembles])))
     means, drawn = bench.means(subset, right)
-    lam = numpy.asarray(grid)
 
-    def split(values: Array) -> tuple[Array, Array, Array]:
-        """WA, ENS and Diag at each lambda, of values (..., ends + WA + ENS)."""
-        first, second = values[..., 0, None], values[..., 1, None]
-        return values[..., 2 : 2 + len(lam)], values[..., 2 + len(lam) :], (1 - lam) * first + lam * second
+    def at(columns: slice) -> Accuracies:
+        return Accuracies(means[columns], drawn[:, columns], right[columns])
 
-    (wa_mean, ens_mean, diag), (wa_drawn, ens_drawn, diag_drawn) = split(means), split(drawn)
-    wa_right, ens_right, diag_right = (part.T for part in split(right.T))
-    rows = []
-    for k, at in enumerate(grid):
-        wa_found = metrics.interval(float(wa_mean[k]), wa_drawn[:, k], subset.prompts, bounds=(0.0, 1.0))
-        ens_found = metrics.interval(float(ens_mean[k]), ens_drawn[:, k], subset.prompts, bounds=(0.0, 1.0))
-        gain = metrics.difference(wa_right[k] - ens_right[k], wa_drawn[:, k] - ens_drawn[:, k], subset.texts.clusters)
-        if sum(weight != 0 for weight in line.at(at)) == 1:
-            gain = metrics.Estimate(0.0, 0.0, 0.0)  # one member alone: the two are the same model
+    def mixed(values: Array) -> Array:
+        """(..., L) of the ends' (..., 2)."""
+        return (1 - lam) * values[..., 0, None] + lam * values[..., 1, None]
+
+    ends, wa, ens = at(slice(0, 2)), at(slice(2, 2 + points)), at(slice(2 + points, None))
+    diag = Accuracies(mixed(ends.means), mixed(ends.drawn), mixed(ends.right.T).T)
+    gain, rows = wa - ens, []
+    for k, lam_k in enumerate(grid):
+        wa_found, ens_found = (_interval(found, k, subset) for found in (wa, ens))
+        gained = metrics.difference(gain.right[k], gain.drawn[:, k], subset.texts.clusters)
+        if sum(weight != 0 for weight in line.at(lam_k)) == 1:
+            gained = metrics.Estimate(0.0, 0.0, 0.0)  # one member alone: the two are the same model
         rows.append(
             {
-                "path": line.name, "set": subset.name, "lambda": at, "n": subset.n, "prompts": subset.prompts,
-                **columns("wa", wa_found), **columns("ens", ens_found), "diag": float(diag[k]),
-                **columns("wa_minus_ens", gain), "reward_std": float(wa[2 + k].std()),
+                "path": line.name, "set": subset.name, "lambda": lam_k, "n": subset.n, "prompts": subset.prompts,
+                **columns("wa", wa_found), **columns("ens", ens_found), "diag": float(diag.means[k]),
+                **columns("wa_minus_ens", gained), "reward_std": float(weights[2 + k].std()),
             }
         )  # fmt: skip
-    inner = [k for k, at in enumerate(grid) if 0 < at < 1]
+    inner = [k for k, lam_k in enumerate(grid) if 0 < lam_k < 1]
     if not inner:
         return rows, []
-
-    def largest(other: Array, other_drawn: Array, other_right: Array) -> metrics.Estimate:
-        """How far WA falls below another line at most, with bounds that hold at all inner points at once."""
-        differing = metrics.differing((other_right - wa_right)[inner], subset.texts.clusters)
-        gaps, gaps_drawn = (other - wa_mean)[inner], (other_drawn - wa_drawn)[:, inner]
-        return metrics.barrier(gaps, gaps_drawn, clusters=subset.prompts, differing=differing)
-
-    fall, loss = largest(diag, diag_drawn, diag_right), largest(ens_mean, ens_drawn, ens_right)
-    ends = [metrics.interval(float(means[k]), drawn[:, k], subset.prompts, bounds=(0.0, 1.0)) for k in (0, 1)]
     # Towards an end that only guesses the straight line falls to one half, and so does anything: it tests nothing.
-    against = "line" if min(end.low for end in ends) > 0.5 else "ensemble"
-    found = fall if against == "line" else loss
-    answer, names = metrics.verdict(found, tolerance), line.name.replace(" -> ", " to ")
-    words = metrics.verdict_words(names, subset.name, found, tolerance, subset.n, against)
+    against = "line" if min(_interval(ends, k, subset).low for k in (0, 1)) > 0.5 else "ensemble"
+    fall, loss = _largest(diag - wa, inner, subset), _largest(ens - wa, inner, subset)
+    at_fall = grid[inner[int((diag - wa).means[inner].argmax())]]
+    return rows, [_verdict(line, subset, fall, at_fall, loss, against, tolerance)]
+
+
+def _interval(found: Accuracies, k: int, subset: Subset) -> metrics.Estimate:
+    return metrics.interval(float(found.means[k]), found.drawn[:, k], subset.prompts, bounds=(0.0, 1.0))
+
+
+def _largest(gap: Accuracies, inner: Sequence[int], subset: Subset) -> metrics.Estimate:
+    """The largest gap of all inner points, with bounds that hold at all of them at once."""
+    differing = metrics.differing(gap.right[inner], subset.texts.clusters)
+    return barriers.barrier(gap.means[inner], gap.drawn[:, inner], clusters=subset.prompts, differing=differing)
+
+
+def _verdict(
+    line: Line,
+    subset: Subset,
+    fall: metrics.Estimate,
+    at: float,
+    loss: metrics.Estimate,
+    against: str,
+    tolerance: float,
+) -> dict[str, Any]:
+    """The verdict of a path on a set, from the fall below the line (largest `at` a lambda) and below the ensemble."""
+    found, names = fall if against == "line" else loss, line.name.replace(" -> ", " to ")
+    answer = barriers.verdict(found, tolerance)
+    words = barriers.verdict_words(names, subset.name, found, tolerance, subset.n, against)
     if against == "line" and loss.low > tolerance:
         words += (
             f" It is up to {100 * loss.value:.1f} points below the ensemble of the same models (95 % interval "
             f"{100 * loss.low:.1f} to {100 * loss.high:.1f}): averaging their weights loses what averaging their "
             f"rewards keeps{'' if answer == 'does not hold' else ', so do not merge them'}."
         )
-    return rows, [
-        {
-            "path": line.name, "set": subset.name, "n": subset.n, "prompts": subset.prompts,
-            "barrier": fall.value, "low": fall.low, "high": fall.high,
-            "at": grid[inner[int((diag - wa_mean)[inner].argmax())]],
-            "below_ensemble": loss.value, "below_ensemble_low": loss.low, "below_ensemble_high": loss.high,
-            "tolerance": tolerance, "against": against, "verdict": answer, "words": words,
-        }
-    ]  # fmt: skip
+    return {
+        "path": line.name, "set": subset.name, "n": subset.n, "prompts": subset.prompts,
+        "barrier": fall.value, "low": fall.low, "high": fall.high, "at": at,
+        "below_ensemble": loss.value, "below_ensemble_low": loss.low, "below_ensemble_high": loss.high,
+        "tolerance": tolerance, "against": against, "verdict": answer, "words": words,
+    }  # fmt: skip

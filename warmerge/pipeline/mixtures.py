@@ -15,7 +15,7 @@ import numpy
 from warmerge.errors import Finding, Interrupted, UsageError, plain
 from warmerge.pipeline.prepare import Prepared, Spec, mixture, prepare
 from warmerge.rewards.bench import Bench
-from warmerge.rewards.model import LoadOptions, RewardModel, fill, load_reward_model
+from warmerge.rewards.model import RewardModel, fill, load_reward_model
 from warmerge.version import versions
 from warmerge.weights import small_files
 from warmerge.weights.average import plan_fingerprint
@@ -41,8 +41,6 @@ class Mixtures:
 
     prepared: Prepared
     bench: Bench
-    options: LoadOptions
-    threads: int | None
     store: Path | None
     fingerprint: str
     known: dict[Weights, dict[str, Array]] = field(default_factory=dict)
@@ -82,8 +80,8 @@ class Mixtures:
         """
         if weights not in self.known:
             try:
-                live = self._live()
-                model = fill(live, mixture(self.prepared.plan.members, weights), f"mixture {weights}", self.threads)
+                live, threads = self._live(), self.bench.measuring.threads
+                model = fill(live, mixture(self.prepared.plan.members, weights), f"mixture {weights}", threads)
                 self.known[weights] = self.bench.score(model)
                 self.facts["cut"] = self.bench.cuts()
                 self._save()
@@ -103,7 +101,7 @@ class Mixtures:
 
     def _live(self) -> RewardModel:
         if self._model is None:
-            model = load_reward_model(self.prepared.plan.members[0], self.options)
+            model = load_reward_model(self.prepared.plan.members[0], self.bench.measuring.loading)
             # --dtype auto depends on the machine: a curve in two precisions would show a barrier that is none.
             computed = f"{str(model.module.dtype).removeprefix('torch.')} on {model.device.type}"
             if self.known and self.facts["computed"] != computed:
@@ -140,14 +138,7 @@ class Mixtures:
 
 
 def open_mixtures(
-    checkpoints: Sequence[Spec],
-    bench: Bench,
-    *,
-    base: Spec | None = None,
-    options: LoadOptions | None = None,
-    threads: int | None = None,
-    store: Path | None = None,
-    overwrite: bool = False,
+    checkpoints: Sequence[Spec], bench: Bench, store: Path | None = None, overwrite: bool = False
 ) -> Mixtures:
     """Checks that the checkpoints may be averaged, and finds what an earlier run with the same inputs left in `store`.
 
@@ -158,9 +149,8 @@ def open_mixtures(
         RefusedError: they may not be averaged.
         UsageError: `store` holds such points, and not `overwrite`.
     """
-    options = options or LoadOptions()
-    prepared = prepare(checkpoints, base=base)
-    inputs: list[Any] = [plan_fingerprint(prepared.plan, prepared.fingerprints), asdict(options), versions()]
+    prepared, loading = prepare(checkpoints, base=bench.measuring.base), asdict(bench.measuring.loading)
+    inputs: list[Any] = [plan_fingerprint(prepared.plan, prepared.fingerprints), loading, versions()]
     inputs += [_small_files(prepared.plan.members[0])]
     inputs += sorted({(subset.scored, subset.preferences.fingerprint) for subset in bench.sets})
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -172,7 +162,7 @@ def open_mixtures(
         except UsageError:
             if not overwrite:
                 raise
-    return Mixtures(prepared, bench, options, threads, store, fingerprint, known, facts, overwrite)
+    return Mixtures(prepared, bench, store, fingerprint, known, facts, overwrite)
 
 
 def _small_files(checkpoint: Checkpoint) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -12,9 +12,7 @@ from warmerge.errors import UsageError, plain
 from warmerge.pipeline.mixtures import Mixtures, Weights, open_mixtures
 from warmerge.pipeline.prepare import Spec
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import Subset, open_bench, set_record
-from warmerge.rewards.model import LoadOptions
-from warmerge.rewards.pairs import read_all
+from warmerge.rewards.bench import Measuring, Subset, open_bench, set_record
 
 ORDERS = ("best-first", "worst-first", "random", "greedy")
 
@@ -75,14 +73,7 @@ def parse_selection(text: str, count: int) -> tuple[str, int | None]:
 
 
 def select_members(
-    checkpoints: Sequence[Spec],
-    selection: str,
-    data: Sequence[str],
-    *,
-    base: Spec | None = None,
-    options: LoadOptions | None = None,
-    on_work: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    checkpoints: Sequence[Spec], selection: str, data: Sequence[str], measuring: Measuring | None = None
 ) -> tuple[list[Spec], dict[str, Any]]:
     """The checkpoints that `best:M` or `greedy` keeps by their accuracy on `data`, and how they were chosen.
 
@@ -92,12 +83,11 @@ def select_members(
         UsageError, RefusedError: no such selection; checkpoints that may not be averaged; data that cannot be read.
     """
     order, size = parse_selection(selection, len(checkpoints))
-    bench = open_bench(read_all(data), progress=progress)
-    mixtures = open_mixtures(checkpoints, bench, base=base, options=options)
+    bench = open_bench(data, measuring)
+    mixtures = open_mixtures(checkpoints, bench)
     singles = [mixtures.single(i) for i in range(mixtures.count)]
-    if on_work is not None:
-        more = len(singles) - 1 if order == "greedy" else 0
-        on_work(mixtures.missing(singles) * (len(singles) + more) // len(singles))
+    more = len(singles) - 1 if order == "greedy" else 0
+    bench.measuring.on_work(mixtures.missing(singles) * (len(singles) + more) // len(singles))
     mixtures.measure(singles)
     kept = sorted(rank(mixtures, bench.sets, order)[:size])
     if len(kept) < 2:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,7 @@ from warmerge.pipeline.prepare import Spec, short_labels
 from warmerge.pipeline.ranking import check_order, rank
 from warmerge.report.results import VS_M, check_results, write_results
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import Sampling, Subset, columns, data_notes, open_bench, set_record
-from warmerge.rewards.model import LoadOptions
-from warmerge.rewards.pairs import read_all
-from warmerge.version import versions
+from warmerge.rewards.bench import Measuring, Subset, columns, open_bench, results_record
 
 
 @dataclass(frozen=True)
@@ -40,17 +37,9 @@ def accuracy_vs_m(
     *,
     order: str = "best-first",
     select_data: Sequence[str] = (),
-    base: Spec | None = None,
-    options: LoadOptions | None = None,
-    batch_tokens: int | None = None,
-    limit: int | None = None,
-    skip_bad_rows: bool = False,
-    sampling: Sampling | None = None,
-    threads: int | None = None,
+    measuring: Measuring | None = None,
     overwrite: bool = False,
     command: Sequence[str] = (),
-    on_work: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> AccuracyVsM:
     """Accuracy of the average of M members and of their ensemble, M = 1, 2, ..., with intervals.
 
@@ -60,45 +49,32 @@ def accuracy_vs_m(
 
     Other arguments, and what is raised, as for `lmc_curve`.
     """
-    options, sampling = options or LoadOptions(), sampling or Sampling()
     if len(checkpoints) < 2:
         raise UsageError("accuracy against M takes two checkpoints or more")
     check_order(order)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_results(folder, VS_M, overwrite)
-    sets = read_all([*data, *select_data], skip_bad_rows=skip_bad_rows, limit=limit, seed=sampling.seed)
-    bench = open_bench(sets, batch_tokens, sampling, progress)
+    bench = open_bench([*data, *select_data], measuring)
     reported, selecting = bench.sets[: len(data)], bench.sets[len(data) :] or bench.sets
     seen = {} if order == "random" else {subset.name: _seen(subset, selecting) for subset in reported}
     warnings = [_selected_on(subset, seen[subset.name]) for subset in reported if seen.get(subset.name)]
-    mixtures = open_mixtures(
-        checkpoints, bench, base=base, options=options, threads=threads, store=folder, overwrite=overwrite
-    )
+    mixtures = open_mixtures(checkpoints, bench, folder, overwrite)
     singles = [mixtures.single(i) for i in range(mixtures.count)]
-    if on_work is not None:
-        upper = [*singles, *(mixtures.uniform(range(m)) for m in range(2, mixtures.count + 1))]
-        on_work(mixtures.missing(upper))
+    upper = [*singles, *(mixtures.uniform(range(m)) for m in range(2, mixtures.count + 1))]
+    bench.measuring.on_work(mixtures.missing(upper))
     mixtures.measure(singles)
-    ranked = rank(mixtures, selecting, order, sampling.seed)
+    ranked = rank(mixtures, selecting, order, bench.measuring.seed)
     mixtures.measure([mixtures.uniform(ranked[:m]) for m in range(1, len(ranked) + 1)])
     labels = short_labels(checkpoints)
     rows = [row for subset in reported for row in _rows(subset, mixtures, ranked, labels, seen.get(subset.name, 0))]
     record = {
-        "format": "warmerge accuracy-vs-m 1",
-        "command": list(command),
-        "versions": versions(),
-        "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
+        **results_record("accuracy-vs-m 1", command, checkpoints, bench, mixtures.cuts),
         "fingerprint": mixtures.fingerprint,
         "order": order,
         "ranking": [labels[i] for i in ranked],
         "left_out": [label for i, label in enumerate(labels) if i not in ranked],
         "selected_on": [] if order == "random" else [subset.name for subset in selecting],
-        "sets": [set_record(subset) for subset in bench.sets],
-        "intervals": sampling.record(),
-        "loading": asdict(options),
-        "cut": mixtures.cuts,
-        "notes": data_notes(bench.sets, mixtures.cuts),
     }
     found = AccuracyVsM(tuple(rows), (*warnings, *mixtures.warnings), record)
     if folder is not None:

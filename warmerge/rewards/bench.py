@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from warmerge.errors import UsageError, plain
 from warmerge.rewards import metrics
-from warmerge.rewards.model import RewardModel
-from warmerge.rewards.pairs import PreferenceSet, Text, UniqueTexts, unique_texts
+from warmerge.rewards.model import LoadOptions, RewardModel
+from warmerge.rewards.pairs import PreferenceSet, Text, UniqueTexts, read_all, unique_texts
 from warmerge.rewards.render import Renderer
 from warmerge.rewards.scoring import Tokens, score
+from warmerge.version import versions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Rewards = Mapping[str, NDArray[numpy.float64]]
     Array = NDArray[numpy.float64]
+
+# Of each scored set, as `Bench.cuts` counts them.
+Cuts = Mapping[str, Mapping[str, int]]
+
+
+def _silent(texts: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How intervals are made: a bootstrap of so many resamples over prompts, from a seed.
+class Measuring:
+    """How models are measured: the same for `eval`, `lmc-curve` and accuracy against M.
+
+    Args:
+        loading: how models are loaded and texts rendered.
+        base: for LoRA adapters, the model that they adapt.
+        limit: a random sample of about so many comparisons of each set, by whole prompts.
+        skip_bad_rows: leave out and count the rows that do not fit, where they would be refused.
+        resamples: of the bootstrap over prompts that makes the intervals.
+        seed: of the bootstrap and of every random sample.
+        batch_tokens: as for `scoring.score`.
+        threads: CPU threads for merging in memory; all that may be used if not given.
+        on_work, progress: called with the number of texts to score, and with those that are done.
 
     Raises:
         UsageError: fewer than 100 resamples, or a negative seed.
     """
 
+    loading: LoadOptions = field(default_factory=LoadOptions)
+    base: str | Path | None = None
+    limit: int | None = None
+    skip_bad_rows: bool = False
     resamples: int = 2000
     seed: int = 0
+    batch_tokens: int | None = None
+    threads: int | None = None
+    on_work: Callable[[int], None] = _silent
+    progress: Callable[[int], None] = _silent
 
     def __post_init__(self) -> None:
         if self.resamples < 100:
@@ -39,7 +66,8 @@ class Sampling:
         if self.seed < 0:
             raise UsageError(f"--seed: expected 0 or more, found {self.seed}")
 
-    def record(self) -> str:
+    def intervals(self) -> str:
+        """How the intervals are made, in words."""
         return f"percentile bootstrap over prompts, {self.resamples} resamples, seed {self.seed}"
 
 
@@ -71,12 +99,10 @@ class Subset:
 
 @dataclass
 class Bench:
-    """Sets of comparisons and their tokens, made once for each tokenizer. `batch_tokens` as for `scoring.score`."""
+    """Sets of comparisons and their tokens, made once for each tokenizer."""
 
     sets: Sequence[Subset]
-    batch_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    progress: Callable[[int], None] = lambda texts: None
+    measuring: Measuring
     _tokens: list[tuple[Renderer, str, Tokens]] = field(default_factory=list)
 
     def texts(self) -> dict[str, Sequence[tuple[Text, Text]]]:
@@ -86,13 +112,15 @@ class Bench:
     def score(self, model: RewardModel) -> dict[str, Array]:
         """The model's rewards of every text, (N,) by the set that they belong to."""
         return {
-            name: score(model, self.tokens(model.renderer, name, texts), self.batch_tokens, self.progress)
-            for name, texts in self.texts().items()
+            name: self._score(model, self.tokens(model.renderer, name, texts)) for name, texts in self.texts().items()
         }
 
     def score_texts(self, model: RewardModel, texts: Sequence[tuple[Text, Text]]) -> Array:
         """The model's rewards (N,) of texts that belong to no set."""
-        return score(model, Tokens(model.renderer, texts), self.batch_tokens, self.progress)
+        return self._score(model, Tokens(model.renderer, texts))
+
+    def _score(self, model: RewardModel, tokens: Tokens) -> Array:
+        return score(model, tokens, self.measuring.batch_tokens, self.measuring.progress)
 
     def tokens(self, renderer: Renderer, name: str, texts: Sequence[tuple[Text, Text]]) -> Tokens:
         """The tokens of a set by a model's own rule; those of an earlier model of the same rule if there was one."""
@@ -118,30 +146,45 @@ class Bench:
 
     def means(self, subset: Subset, values: Array) -> tuple[Array, Array]:
         """Means (K,) of values (K, n), and their replicates (B, K) over the same resampled prompts for all K."""
-        replicates = metrics.replicates(values, subset.texts.clusters, self.sampling.resamples, self.sampling.seed)
+        replicates = metrics.replicates(values, subset.texts.clusters, self.measuring.resamples, self.measuring.seed)
         return values.mean(axis=1), replicates
 
 
-def open_bench(
-    sets: Sequence[PreferenceSet],
-    batch_tokens: int | None = None,
-    sampling: Sampling | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Bench:
-    """A bench of whole sets.
+def open_bench(data: Sequence[str], measuring: Measuring | None = None) -> Bench:
+    """A bench of whole sets, read from `NAME=PATH` or `PATH` each.
 
     Raises:
         UsageError: no set, or fewer than two prompts in one, so that nothing can be said about its spread.
+        UsageError, RefusedError, RemoteError: as `pairs.read_all`.
     """
-    if not sets:
+    measuring = measuring or Measuring()
+    if not data:
         raise UsageError("--data is missing: at least one set of preference pairs, as NAME=PATH")
+    sets = read_all(data, skip_bad_rows=measuring.skip_bad_rows, limit=measuring.limit, seed=measuring.seed)
     subsets = [Subset(entry.name, entry, unique_texts(entry), entry.name) for entry in sets]
     for subset in subsets:
         if subset.prompts < 2:
             raise UsageError(
                 f"--data {plain(subset.name)}: {subset.n} comparisons of one prompt; an interval takes two prompts"
             )
-    return Bench(subsets, batch_tokens, sampling or Sampling(), progress or (lambda texts: None))
+    return Bench(subsets, measuring)
+
+
+def results_record(
+    kind: str, command: Sequence[str], checkpoints: Sequence[str | Path], bench: Bench, cuts: Cuts
+) -> dict[str, Any]:
+    """What every results file says of how it came about: `kind` of results, inputs, versions and settings."""
+    return {
+        "format": f"warmerge {kind}",
+        "command": list(command),
+        "versions": versions(),
+        "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
+        "sets": [set_record(subset) for subset in bench.sets],
+        "intervals": bench.measuring.intervals(),
+        "loading": asdict(bench.measuring.loading),
+        "cut": dict(cuts),
+        "notes": data_notes(bench.sets, cuts),
+    }
 
 
 def set_record(subset: Subset) -> dict[str, Any]:
@@ -157,7 +200,7 @@ def set_record(subset: Subset) -> dict[str, Any]:
     }
 
 
-def data_notes(sets: Sequence[Subset], cuts: Mapping[str, Mapping[str, int]]) -> list[str]:
+def data_notes(sets: Sequence[Subset], cuts: Cuts) -> list[str]:
     """What a reader of results should know of the data: texts that were cut (as `Bench.cuts` says), rows left out."""
     notes = []
     for name, cut in cuts.items():

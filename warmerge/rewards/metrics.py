@@ -1,4 +1,4 @@
-"""Numbers from rewards: who is right, how sure that is, and whether a path between models holds. Never loads a model.
+"""Numbers from rewards: who is right, and how sure that is. Never loads a model.
 
 Prompts are the unit of resampling: comparisons about one prompt are not independent, so whole prompts are drawn. All
 models are resampled with the same draws, so that what they share cancels in a difference.
@@ -13,16 +13,14 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.errors import Finding, RefusedError, UsageError
 
 Array = NDArray[numpy.float64]
 
 # Accuracies are fractions: a spread below this is the rounding of float64, not a difference between resamples.
-_NO_SPREAD = 1e-12
+NO_SPREAD = 1e-12
 # With fewer prompts than these on which anything differs, a bootstrap sees too little to be trusted.
 FEW = 10
-# Nobody collects more comparisons than these to split hairs about a tolerance.
-_MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -170,16 +168,16 @@ def interval(value: float, replicates: Array, clusters: int, bounds: tuple[float
     Raises:
         UsageError: the value lies outside of its bounds.
     """
-    if bounds is not None and not bounds[0] - _NO_SPREAD <= value <= bounds[1] + _NO_SPREAD:
+    if bounds is not None and not bounds[0] - NO_SPREAD <= value <= bounds[1] + NO_SPREAD:
         raise UsageError(f"expected a value from {bounds[0]} to {bounds[1]}, found {value}")
     if clusters < 2:
         return Estimate(value, *(bounds or (-math.inf, math.inf)))
     replicates = finite(replicates, "replicates")
     low, high = map(float, numpy.quantile(replicates, (0.025, 0.975)))
     if bounds is not None:
-        unseen = _unseen(clusters, 0.025)
-        low = min(low, value - unseen * (value - bounds[0]))
-        high = max(high, value + unseen * (bounds[1] - value))
+        share = unseen(clusters, 0.025)
+        low = min(low, value - share * (value - bounds[0]))
+        high = max(high, value + share * (bounds[1] - value))
     return Estimate(value, low, high)
 
 
@@ -193,7 +191,7 @@ def differing(values: Array, clusters: Sequence[str]) -> Array:
     number = {name: i for i, name in enumerate(sorted(set(clusters)))}
     index = [number[name] for name in clusters]
     sums = [numpy.bincount(index, row, len(number)) for row in values.reshape(-1, len(index))]
-    counts: Array = (numpy.abs(sums) > _NO_SPREAD).sum(axis=-1).reshape(values.shape[:-1])
+    counts: Array = (numpy.abs(sums) > NO_SPREAD).sum(axis=-1).reshape(values.shape[:-1])
     return counts
 
 
@@ -206,121 +204,6 @@ def difference(values: Array, replicates: Array, clusters: Sequence[str]) -> Est
     few = differing(values, clusters) < FEW
     bounds = (-1.0, 1.0) if few else None
     return interval(float(values.mean()), replicates, len(set(clusters)), bounds)
-
-
-# --- a path between models ------------------------------------------------------------------------------------------
-
-
-def barrier(
-    gaps: Array,
-    replicates: Array,
-    alpha: float = 0.05,
-    clusters: int | None = None,
-    differing: Sequence[int] | Array | None = None,
-) -> Estimate:
-    """max_l gap_l, with simultaneous 1 - alpha bounds for max_l of the true gaps.
-
-    gap_l = (1 - l) Acc(phi_1) + l Acc(phi_2) - Acc((1 - l) phi_1 + l phi_2), as fractions: positive where WARM's
-    Observation 1 (arXiv 2401.12187) fails. Of several noisy gaps the largest is too large, and its naive bootstrap is
-    larger still, so that it finds barriers where there are none. Bounds that hold at all points at once do not:
-
-        q = (1 - alpha) quantile over b of max_l |rep[b, l] - gap_l| / se_l,  se_l = sd over b of rep[b, l]
-        low = max_l (gap_l - q se_l),  high = max_l (gap_l + q se_l)
-
-    Args:
-        gaps: (L,), at the inner points of the path.
-        replicates: (B, L), the same in each resample.
-        clusters: the number of prompts. Where the models disagree about no prompt, or about a few, se_l is 0 or too
-            small, and few prompts would pass for certainty. Given this number no half-width is below
-            1 - (alpha/2)^(1/clusters), the share of prompts that may differ though none was seen to (see `interval`).
-            Without it a point with se_l = 0 counts as exact.
-        differing: (L,), on how many prompts the gap was seen not to be zero: from ten on se_l is trusted.
-
-    Raises:
-        UsageError: no gap, or replicates of another shape.
-        RefusedError: NaN or infinite numbers.
-    """
-    gaps, replicates = finite(gaps, "gaps"), finite(replicates, "replicates")
-    if gaps.ndim != 1 or not gaps.size or replicates.ndim != 2 or replicates.shape[1:] != gaps.shape:
-        raise UsageError(f"expected (L,) gaps and (B, L) replicates, found {gaps.shape} and {replicates.shape}")
-    se = replicates.std(axis=0)
-    varies = se > _NO_SPREAD
-    half = numpy.zeros_like(gaps)
-    if varies.any():
-        deviations = numpy.abs(replicates[:, varies] - gaps[varies]) / se[varies]
-        half[varies] = numpy.quantile(deviations.max(axis=1), 1 - alpha) * se[varies]
-    if clusters is not None:
-        few = numpy.ones_like(varies) if differing is None else numpy.asarray(differing) < FEW
-        half[few] = numpy.maximum(half[few], _unseen(clusters, alpha / 2))
-    return Estimate(float(gaps.max()), float((gaps - half).max()), float((gaps + half).max()))
-
-
-def verdict(barrier: Estimate, tolerance: float) -> str:
-    """ "holds" if the whole interval is within the tolerance, "does not hold" if it is beyond, else "cannot tell".
-
-    The tolerance is what counts as a barrier, as a fraction: a fall that is surely there but smaller, holds.
-
-    >>> [verdict(Estimate(0.003, 0.001, high), tolerance=0.01) for high in (0.005, 0.02)]
-    ['holds', 'cannot tell']
-
-    Raises:
-        UsageError: a tolerance that is not a number from 0 to 1.
-    """
-    if not 0 <= tolerance <= 1:
-        raise UsageError(f"expected a tolerance from 0 to 1 (0.01 is one point of accuracy), found {tolerance}")
-    if barrier.high <= tolerance:
-        return "holds"
-    return "does not hold" if barrier.low > tolerance else "cannot tell"
-
-
-# What the accuracy of the average is held against, and what it means to fall below it.
-AGAINST = {
-    "line": (
-        "the straight line between their accuracies",
-        "A model merged on this path can be worse than its parts are on average",
-    ),
-    "ensemble": (
-        "the ensemble of the same models, which is the test here because one end is no better than chance",
-        "Averaging their weights loses what averaging their rewards keeps",
-    ),
-}
-
-
-def verdict_words(path: str, name: str, barrier: Estimate, tolerance: float, n: int, against: str = "line") -> str:
-    """The verdict and what it means, for a reader who has not seen one before.
-
-    Args:
-        path: its two ends, such as "runs/1 to runs/2".
-        name: of the set of comparisons.
-        n: the number of comparisons.
-        against: what the barrier is a fall below, "line" or "ensemble".
-
-    >>> print(verdict_words("a to b", "val", Estimate(0.004, 0.001, 0.008), 0.01, 1314))
-    holds on val: on the way from a to b the average is never more than 0.4 points below the straight line between \
-their accuracies (95 % interval 0.1 to 0.8, n = 1314 comparisons), within the tolerance of 1 point.
-    """
-    answer = verdict(barrier, tolerance)
-    # As few decimals as keep every number on its side of the tolerance.
-    numbers = (barrier.value, barrier.low, barrier.high)
-    digits = next((d for d in (1, 2, 3) if all(_keeps_side(x, tolerance, d) for x in numbers)), 4)
-    value, low, high = (_points(x, digits) for x in numbers)
-    count = f"n = {n} comparison{'s' * (n != 1)}"
-    interval = f"95 % interval {low} to {high}, {count}"
-    limit = f"the tolerance of {100 * tolerance:.6g} point{'s' * (tolerance != 0.01)}"
-    start = f"{answer} on {plain(name)}: on the way from {plain(path)}"
-    reference, meaning = AGAINST[against]
-    line = f"below {reference}"
-    if answer == "does not hold":
-        return f"{start} the average falls up to {value} points {line} ({interval}). {meaning}: do not merge them."
-    if answer == "holds" and barrier.value > 0:
-        return f"{start} the average is never more than {value} points {line} ({interval}), within {limit}."
-    if answer == "holds":
-        largest = f"largest fall {value} points, {interval}; less than 0 is a gain"
-        return f"{start} the average is nowhere {line} ({largest}), within {limit}."
-    return (
-        f"{start} the average may fall between {low} and {high} points {line} (measured {value}, 95 % interval,"
-        f" {count}), on both sides of {limit}. {_more(barrier, tolerance, n)}"
-    )
 
 
 # --- rewards themselves -----------------------------------------------------------------------------------------------
@@ -382,31 +265,10 @@ def _fold(extreme: numpy.ufunc, rewards: Array, groups: Sequence[Sequence[int]],
     return folded
 
 
-def _unseen(clusters: int, alpha: float) -> float:
+def unseen(clusters: int, alpha: float) -> float:
     """The largest share of prompts that may differ when none of so many did: (1 - share)^clusters = alpha."""
     return 1 - math.pow(alpha, 1 / max(clusters, 1))
 
 
 def _constant(values: Array) -> bool:
     return values.size == 0 or bool((values == values.flat[0]).all())
-
-
-def _points(fraction: float, digits: int) -> str:
-    return f"{round(100 * fraction, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.0"
-
-
-def _keeps_side(fraction: float, tolerance: float, digits: int) -> bool:
-    return (fraction <= tolerance) == (round(100 * fraction, digits) <= 100 * tolerance)
-
-
-def _more(barrier: Estimate, tolerance: float, n: int) -> str:
-    """What would decide it: the interval shrinks with the square root of n while its middle stays where it is."""
-    if not all(map(math.isfinite, (barrier.low, barrier.high))):
-        return "More comparisons are needed."
-    width = barrier.high - barrier.value if barrier.value <= tolerance else barrier.value - barrier.low
-    room = abs(tolerance - barrier.value)
-    if n * width**2 > _MOST * room**2:
-        return "It is so close to the tolerance that more comparisons will hardly decide it."
-    needed = math.ceil(n * (width / room) ** 2)
-    step = 10 ** max(0, len(str(needed)) - 2)
-    return f"More comparisons are needed: if it stays at that, roughly {-(-needed // step) * step}."

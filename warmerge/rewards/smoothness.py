@@ -37,7 +37,7 @@ def sample_changes(bench: Bench, count: int) -> list[Sample]:
     """For each scored set `count` random answers, each in every change that there is something to change for."""
     samples = []
     for name, texts in bench.texts().items():
-        prompts, seed = _prompts(bench, name), bench.sampling.seed
+        prompts, seed = _prompts(bench, name), bench.measuring.seed
         picked = sorted(numpy.random.default_rng(seed).choice(len(texts), min(count, len(texts)), replace=False))
         made = [(int(i), change, perturb(texts[i][1], change, seed)) for i in picked for change in PERTURBATIONS]
         kept = [(i, change, answer) for i, change, answer in made if answer != texts[i][1]]
@@ -75,7 +75,7 @@ def movements(
                     continue
                 prompts = [sample.prompts[i] for i in chosen]
                 drawn = metrics.replicates(
-                    distance[None, chosen], prompts, bench.sampling.resamples, bench.sampling.seed
+                    distance[None, chosen], prompts, bench.measuring.resamples, bench.measuring.seed
                 )
                 found = metrics.interval(float(distance[chosen].mean()), drawn[:, 0], len(set(prompts)))
                 rows.append(
