@@ -86,7 +86,7 @@ def rewards_of(method: Any, model: RewardModel, ids: Any, budget: int) -> Any:
     found = numpy.full(len(ids), numpy.nan)
     with torch.inference_mode():
         for rows, values in method(model.module, ids, budget):
-            found[rows] = values.numpy()
+            found[rows] = values.numpy()[:, 0]
     return found
 
 
@@ -231,7 +231,7 @@ def test_groups_of_the_same_rounded_prefix_run_together() -> None:
 @pytest.mark.parametrize("budget", [1, 100, 1000, 100000])
 def test_chunks_hold_every_text_once_and_little_padding(budget: int) -> None:
     lengths = [int(n) for n in numpy.random.default_rng(0).integers(1, 300, 100)]
-    chunks = forward._chunks(range(100), lengths, budget)
+    chunks = forward.chunks(range(100), lengths, budget)
     assert sorted(i for chunk in chunks for i in chunk) == list(range(100))
     for chunk in chunks:
         padded = len(chunk) * lengths[chunk[0]]

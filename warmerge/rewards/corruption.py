@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,25 @@ class Corruption:
     fingerprint: str
     n: int
     swapped: tuple[int, ...]
+
+
+def corrupt(fingerprint: str, n: int, share: float, seed: int) -> Corruption:
+    """Swaps exactly round(share * n) labels of a set, drawn at random.
+
+    Raises:
+        UsageError: a share that is not from 0 to below 1, or so small that no label is swapped.
+
+    >>> corrupt("f", 8, 0.25, seed=0).swapped
+    (6, 7)
+    >>> corrupt("f", 8, 0.0, seed=0).swapped
+    ()
+    """
+    if not 0 <= share < 1:
+        raise UsageError(f"--corrupt: expected a share from 0 to below 1, found {share:g}")
+    count = round(share * n)
+    if share and not count:
+        raise UsageError(f"--corrupt {share:g} of {n} comparisons swaps none; choose a larger share, or leave it away")
+    return Corruption(fingerprint, n, tuple(sorted(random.Random(seed).sample(range(n), count))))
 
 
 def read_corruption(path: Path) -> Corruption:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Ids = Sequence["NDArray[numpy.int64]"]
-# Which texts, and their rewards.
+# Which texts, and what the module gives for each, (texts, outputs): a reward, or the features of a model without head.
 Batches = Iterator[tuple[list[int], torch.Tensor]]
 # A shared beginning shorter than this costs more to handle than to compute again.
 _MIN_PREFIX = 16
@@ -36,7 +36,7 @@ class Group:
 
 
 def one_by_one(module: Any, ids: Ids, budget: int) -> Batches:
-    """The model's own reward of each text, alone: what every other method has to equal."""
+    """The model's own output for each text, alone: what every other method has to equal."""
     for i, row in enumerate(ids):
         yield [i], _own_output(module, torch.from_numpy(row)[None].to(_device(module)), None)
 
@@ -44,7 +44,7 @@ def one_by_one(module: Any, ids: Ids, budget: int) -> Batches:
 def padded(module: Any, ids: Ids, budget: int) -> Batches:
     """Encoders: batches of texts of similar length, longest first, padded on the right and masked."""
     pad = module.config.get_text_config().pad_token_id
-    for rows in _chunks(range(len(ids)), [len(row) for row in ids], budget):
+    for rows in chunks(range(len(ids)), [len(row) for row in ids], budget):
         inputs = _pad([ids[i] for i in rows], 0 if pad is None else pad, _device(module))
         sizes = torch.tensor([len(ids[i]) for i in rows], device=inputs.device)
         mask = torch.arange(inputs.shape[1], device=inputs.device) < sizes[:, None]
@@ -76,7 +76,7 @@ def prefix_reuse(module: Any, ids: Ids, budget: int) -> Batches:
             shared = torch.from_numpy(numpy.stack([texts[group.texts[0]][:prefix] for group in groups]))
             module.base_model(input_ids=shared.to(device), past_key_values=cache, use_cache=True)
         owner = {text: number for number, group in enumerate(groups) for text in group.texts}
-        for rows in _chunks(list(owner), lengths, budget):
+        for rows in chunks(list(owner), lengths, budget):
             reused: dict[str, Any] = {"use_cache": False}
             if prefix:
                 own = _selected(cache, torch.tensor([owner[i] for i in rows], device=device))
@@ -84,7 +84,7 @@ def prefix_reuse(module: Any, ids: Ids, budget: int) -> Batches:
             out = module.base_model(input_ids=_pad([texts[i][prefix:] for i in rows], 0, device), **reused)
             last = torch.tensor([lengths[i] - prefix - 1 for i in rows], device=device)
             hidden = out.last_hidden_state[torch.arange(len(rows), device=device), last]
-            yield [alike[i] for i in rows], module.score(hidden)[:, 0]
+            yield [alike[i] for i in rows], module.score(hidden)
 
 
 def scored_position(ids: NDArray[numpy.int64], pad: int | None) -> int:
@@ -110,7 +110,7 @@ def group_by_prefix(texts: Ids) -> list[Group]:
     for i in order:
         if groups:
             last = groups[-1]
-            shared = min(_common(texts[last.texts[-1]], texts[i]), last.prefix or len(texts[i]) - 1)
+            shared = min(common(texts[last.texts[-1]], texts[i]), last.prefix or len(texts[i]) - 1)
             shared = min(shared, len(texts[i]) - 1, len(texts[last.texts[-1]]) - 1)
             if shared >= max(_MIN_PREFIX, last.prefix // 2):
                 groups[-1] = Group((*last.texts, i), shared)
@@ -119,7 +119,8 @@ def group_by_prefix(texts: Ids) -> list[Group]:
     return groups
 
 
-def _common(a: NDArray[numpy.int64], b: NDArray[numpy.int64]) -> int:
+def common(a: NDArray[numpy.int64], b: NDArray[numpy.int64]) -> int:
+    """How many tokens two texts have in common from their beginning."""
     shorter = min(len(a), len(b))
     differing = numpy.flatnonzero(a[:shorter] != b[:shorter])
     return int(differing[0]) if len(differing) else shorter
@@ -149,23 +150,23 @@ def _batched(groups: Sequence[Group], lengths: Sequence[int], budget: int) -> It
         yield batch
 
 
-def _chunks(texts: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def chunks(texts: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """The texts, longest first, in runs of at most `budget` tokens, padding included; at least one text each.
 
     A run also ends where its padding would cost more than another forward pass does.
 
-    >>> _chunks(range(4), [5, 9, 9, 5], 20), _chunks(range(4), [8, 9, 9, 8], 6400)
+    >>> chunks(range(4), [5, 9, 9, 5], 20), chunks(range(4), [8, 9, 9, 8], 6400)
     ([[1, 2], [0, 3]], [[1, 2, 0, 3]])
     """
-    chunks: list[list[int]] = []
+    found: list[list[int]] = []
     longest = padding = 0
     for i in sorted(texts, key=lambda i: -lengths[i]):
         padding += longest - lengths[i]
-        if not chunks or (len(chunks[-1]) + 1) * longest > budget or padding > budget * _PASS_COST:
-            chunks.append([])
+        if not found or (len(found[-1]) + 1) * longest > budget or padding > budget * _PASS_COST:
+            found.append([])
             longest, padding = lengths[i], 0
-        chunks[-1].append(i)
-    return chunks
+        found[-1].append(i)
+    return found
 
 
 def _pad(rows: Ids, pad: int, device: torch.device) -> torch.Tensor:
@@ -198,7 +199,7 @@ def _rotated_alike(config: Any) -> float:
 
 def _own_output(module: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     logits: torch.Tensor = module(input_ids=inputs, attention_mask=mask).logits
-    return logits[:, 0]
+    return logits
 
 
 def _device(module: Any) -> torch.device:

@@ -7,6 +7,7 @@ Column names are those of the data sets' own cards: RewardBench (arXiv 2403.1378
 from __future__ import annotations
 
 import json
+import math
 import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ Message = Mapping[str, Any]
 Text = str | tuple[Message, ...]
 
 # Columns that a layout may have; where the first good row has one, all rows must.
-_OPTIONAL = frozenset({"prompt_id", "subset"})
+_OPTIONAL = frozenset({"prompt_id", "subset", "margin"})
 # A column that says what the answers answer, beside a chosen and a rejected that do not: it must not be dropped.
 _LIKE_A_PROMPT = frozenset({"question", "instruction", "input", "query", "context", "history", "system", "post"})
 _BEFORE_AN_ANSWER = ("system", "developer", "user")
@@ -37,7 +38,8 @@ class Comparison:
     """One preference: every answer in `chosen` should be rewarded above every answer in `rejected`.
 
     `prompt` is "" for plain-text rows with an implicit prompt: the answers are then whole texts, verbatim. `cluster`
-    is what counts as one prompt when resampling; `subset` is "" where the layout has none; `row` counts from 1.
+    is what counts as one prompt when resampling; `subset` is "" where the layout has none; `row` counts from 1. For
+    training: `margin` is by how much the chosen answer's reward should be larger at least, where a data set says so.
     """
 
     prompt: Text
@@ -46,6 +48,7 @@ class Comparison:
     cluster: str
     subset: str
     row: int
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _explicit(row: Row, number: int, optional: frozenset[str]) -> list[Compariso
     # Where nothing says what the prompt is, pairs are their own: one cluster of them all could not be resampled.
     cluster = _scalar(row, "prompt_id") if "prompt_id" in optional else _key(prompt) or canonical([chosen, rejected])
     subset = _string(_field(row, "subset"), "'subset'") if "subset" in optional else ""
-    return [Comparison(prompt, (chosen,), (rejected,), cluster, subset, number)]
+    return [Comparison(prompt, (chosen,), (rejected,), cluster, subset, number, _margin(row, optional))]
 
 
 def _implicit(row: Row, number: int, optional: frozenset[str]) -> list[Comparison]:
@@ -114,14 +117,15 @@ def _implicit(row: Row, number: int, optional: frozenset[str]) -> list[Compariso
             what = f"has {quoted(columns[0])} beside plain-text 'chosen' and 'rejected': if it is the prompt, rename it"
             raise BadRow(f"{what} to 'prompt', else remove it")
         cluster = _shared_start(chosen, rejected) or canonical([chosen, rejected])
-        return [Comparison("", (chosen,), (rejected,), cluster, "", number)]
+        return [Comparison("", (chosen,), (rejected,), cluster, "", number, _margin(row, optional))]
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise BadRow("has text on one side and messages on the other, and no 'prompt'")
     prompt = _shared_messages(chosen, rejected)
     if not prompt:
         raise BadRow("has no 'prompt', and 'chosen' and 'rejected' share no leading message before an answer")
     start = len(prompt)
-    return [Comparison(prompt, (chosen[start:],), (rejected[start:],), _key(prompt), "", number)]
+    parts = (chosen[start:],), (rejected[start:],)
+    return [Comparison(prompt, *parts, _key(prompt), "", number, _margin(row, optional))]
 
 
 def _rewardbench_2(row: Row, number: int, optional: frozenset[str]) -> list[Comparison]:
@@ -242,6 +246,14 @@ def _field(row: Row, name: str, above: str = "") -> Any:
         place = quoted(above + name)
         raise BadRow(f"{place} is null" if name in row else f"has no {place}, only {some(row)}")
     return row[name]
+
+
+def _margin(row: Row, optional: frozenset[str]) -> float:
+    """By how much the chosen answer is better, in TRL's column of that name; 0 without it."""
+    value = _field(row, "margin") if "margin" in optional else 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"'margin' is {_kind(value)}, expected a number")
+    return float(value)
 
 
 def _scalar(row: Row, name: str, above: str = "") -> str:

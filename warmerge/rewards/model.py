@@ -75,7 +75,10 @@ class LoadOptions:
 
 
 def load_reward_model(
-    checkpoint: str | Path | Checkpoint, options: LoadOptions | None = None, base: str | Path | None = None
+    checkpoint: str | Path | Checkpoint,
+    options: LoadOptions | None = None,
+    base: str | Path | None = None,
+    dropout: float | None = None,
 ) -> RewardModel:
     """A reward model from a checkpoint: decoder or encoder with one label, LoRA adapter, TRL or OpenRLHF value head.
 
@@ -83,6 +86,7 @@ def load_reward_model(
         checkpoint: a folder, a .safetensors file beside its config, a Hub id, or one that was opened already.
         options: device, dtype, text rule, length.
         base: for a LoRA adapter, the model that it adapts.
+        dropout: for training, the probability of every dropout that the config knows.
 
     Raises:
         UsageError: an option that cannot be used; a checkpoint that is not there.
@@ -99,7 +103,9 @@ def load_reward_model(
     (source,) = make_local([opened])
     dtype = _dtype(options.dtype, source, device)
     with quiet():
-        config = _config(source, options.trust_remote_code)
+        config = transformers_config(source, options.trust_remote_code)
+        if dropout is not None:
+            set_dropout(config, dropout)
         module = _load(source, config, dtype, options.trust_remote_code)
     _head_in_float32(module)
     _set_head(module, {name: _read(source.tensors[name]) for name in source.tensors if is_head(name)})
@@ -181,8 +187,15 @@ def bfloat16_is_faster() -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def _config(source: Checkpoint, trust_remote_code: bool) -> Any:
-    """The transformers config, with one label: what config.json says, or where it says nothing what the head does."""
+def transformers_config(source: Checkpoint, trust_remote_code: bool, labels: int | None = None) -> Any:
+    """The transformers config of a reward model.
+
+    Args:
+        labels: how many its head is to have; if not given, what config.json says, or where it says nothing the head.
+
+    Raises:
+        RefusedError: no config, an unknown or a quantised one, untrusted model code, more labels than one.
+    """
     from transformers import AutoConfig
 
     stored, where = source.config, f"{source.label}/config.json"
@@ -199,7 +212,7 @@ def _config(source: Checkpoint, trust_remote_code: bool) -> Any:
     value_head = any(name in HEAD_RENAMES for name in source.tensors)
     unsaid = "id2label" not in stored and "num_labels" not in stored
     one_row = any(source.tensors[name].shape[:1] == (1,) for name in FINAL_WEIGHTS if name in source.tensors)
-    labels = 1 if value_head or (unsaid and one_row) else small_files.num_labels(stored)
+    labels = labels or (1 if value_head or (unsaid and one_row) else small_files.num_labels(stored))
     if labels != 1:
         findings.append(Finding(where, f"has {labels} labels; a reward model has one (num_labels: 1)"))
     if findings:
@@ -213,6 +226,20 @@ def _config(source: Checkpoint, trust_remote_code: bool) -> Any:
     except Exception as error:  # each config class has its own ways to fail on a value
         what = f"is not a config that transformers knows (model_type {stored.get('model_type')!r}): {error}"
         raise RefusedError([Finding(where, what[:400])]) from error
+
+
+def set_dropout(config: Any, probability: float) -> list[str]:
+    """Sets every dropout of a config, and returns their names: before the model is made, so that those which a model
+    applies by itself (Llama's attention) or leaves out where they are zero (ModernBERT's) are among them."""
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("pdrop")) and (value is None or type(value) in (int, float))
+    ]
+    for name in names:
+        setattr(config, name, probability)
+    inner = config.get_text_config()
+    return names if inner is config else names + set_dropout(inner, probability)
 
 
 def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -296,7 +323,7 @@ def _refuse_incomplete(label: str, info: Mapping[str, Any]) -> None:
         raise RefusedError(findings)
 
 
-def _heads(module: Any) -> dict[str, nn.Module]:
+def head_layers(module: Any) -> dict[str, nn.Module]:
     """The layers after the base model, by name."""
     return {name: child for name, child in module.named_children() if child is not module.base_model}
 
@@ -308,7 +335,7 @@ def _head_in_float32(module: Any) -> None:
     def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
-    for head in _heads(module).values():
+    for head in head_layers(module).values():
         head.float().register_forward_pre_hook(widen)
 
 
@@ -317,7 +344,7 @@ def _set_head(module: Any, stored: Mapping[str, torch.Tensor | None]) -> None:
     parameters = dict(module.named_parameters())
     for name, tensor in stored.items():
         live = HEAD_RENAMES.get(name, name)
-        if tensor is not None and live in parameters and live.split(".")[0] in _heads(module):
+        if tensor is not None and live in parameters and live.split(".")[0] in head_layers(module):
             parameters[live].data.copy_(tensor)
 
 

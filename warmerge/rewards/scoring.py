@@ -87,31 +87,47 @@ def score(
         RefusedError: a reward that is not finite.
         WarmergeError: out of memory with a single text.
     """
+    rewards = numpy.full(len(tokens.texts), numpy.nan)
+    for rows, values in outputs(model, tokens, batch_tokens, progress):
+        rewards[rows] = values[:, 0]
+    return rewards
+
+
+def outputs(
+    model: RewardModel,
+    tokens: Tokens,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[list[int], NDArray[numpy.float64]]]:
+    """Which texts, and what the module gives for each, (texts, outputs): every text once. Otherwise as `score`."""
     assert tokens.renderer == model.renderer, "tokens of another tokenizer"
     method = method_of(model)
-    rewards = numpy.full(len(tokens.texts), numpy.nan)
     budget = batch_tokens or (4096 if model.device.type == "cpu" else 65536)
     for window, encoded in tokens:
-        left = list(window)
+        left = set(window)
         while left:
-            ids = [encoded[i - window.start].ids for i in left]
+            todo = sorted(left)
+            ids = [encoded[i - window.start].ids for i in todo]
             try:
-                with quiet(), torch.inference_mode():
-                    for rows, values in method(model.module, ids, budget):
-                        done = [left[row] for row in rows]
-                        rewards[done] = values.double().cpu().numpy()
-                        _refuse_not_finite(model, rewards, done)
-                        if progress is not None:
-                            progress(len(done))
-                break
+                # Inference mode is entered for each step: a generator that is not run to its end would leave it on.
+                batches = method(model.module, ids, budget)
+                while True:
+                    with quiet(), torch.inference_mode():
+                        found = next(batches, None)
+                    if found is None:
+                        break
+                    done, values = [todo[row] for row in found[0]], found[1].double().cpu().numpy()
+                    _refuse_not_finite(model, values, done)
+                    left.difference_update(done)
+                    yield done, values
+                    if progress is not None:
+                        progress(len(done))
             except torch.OutOfMemoryError:
                 if budget <= max(map(len, ids)):
                     what = "out of memory with one text at a time; try --max-length, --dtype bfloat16 or a larger GPU"
                     raise WarmergeError(f"{model.label}: {what}") from None
-            left = [i for i in left if numpy.isnan(rewards[i])]
-            torch.cuda.empty_cache()
-            budget //= 2
-    return rewards
+                torch.cuda.empty_cache()
+                budget //= 2
 
 
 def method_of(model: RewardModel) -> Callable[[Any, Ids, int], Batches]:
@@ -159,10 +175,10 @@ def _probes(module: Any) -> list[NDArray[numpy.int64]]:
     return ids
 
 
-def _refuse_not_finite(model: RewardModel, rewards: NDArray[numpy.float64], texts: Sequence[int]) -> None:
-    wrong = [i for i in texts if not numpy.isfinite(rewards[i])]
-    if wrong:
-        what = (
-            f"gives the reward {rewards[wrong[0]]} to text {wrong[0] + 1}; its weights hold NaN or overflow its dtype"
-        )
+def _refuse_not_finite(model: RewardModel, values: NDArray[numpy.float64], texts: Sequence[int]) -> None:
+    wrong = numpy.argwhere(~numpy.isfinite(values))
+    if len(wrong):
+        row, column = wrong[0]
+        value, text = values[row, column], texts[row] + 1
+        what = f"gives the reward {value} to text {text}; its weights hold NaN or overflow its dtype"
         raise RefusedError([Finding(model.label, what)])

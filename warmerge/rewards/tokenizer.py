@@ -32,7 +32,7 @@ def open_renderer(
     """
     if template not in TEMPLATES:
         raise UsageError(f"--template: expected {', '.join(TEMPLATES)}, found {template!r}")
-    tokenizer = _open_tokenizer(source, trust_remote_code)
+    tokenizer = open_tokenizer(source, trust_remote_code)
     rows, highest = module.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
     if highest >= rows:
         what = f"has a tokenizer with ids up to {highest}, but embeddings for {rows} tokens: not the model's tokenizer"
@@ -80,7 +80,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
+def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
+    """The tokenizer beside a checkpoint's weights.
+
+    Raises:
+        RefusedError: there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     folder = small_files.tokenizer_folder(source)
