@@ -17,11 +17,12 @@ FLOORS = {
     "warmerge.version": 0,
     "warmerge.weights": 1,
     "warmerge.rewards": 2,
-    "warmerge.report": 3,
-    "warmerge.pipeline": 4,
-    "warmerge.cli": 5,
-    "warmerge.__main__": 6,
-    "warmerge": 6,
+    "warmerge.training": 3,
+    "warmerge.report": 4,
+    "warmerge.pipeline": 5,
+    "warmerge.cli": 6,
+    "warmerge.__main__": 7,
+    "warmerge": 7,
 }
 # report/ turns rows into figures: it knows none of the floors, and only commands use it.
 BELOW_REPORT = 0
@@ -31,7 +32,11 @@ SHARED_BY_COMMANDS = {f"warmerge.pipeline.{tool}" for tool in ("prepare", "mixtu
 ONLY_IN = {
     "matplotlib": ("warmerge.report",),
     "huggingface_hub": ("warmerge.weights.remote",),
-    "transformers": ("warmerge.rewards", "warmerge.pipeline"),
+    "transformers": ("warmerge.rewards", "warmerge.training", "warmerge.pipeline"),
+    "accelerate": ("warmerge.training", "warmerge.pipeline"),
+    "peft": ("warmerge.training",),
+    "trl": ("warmerge.training", "warmerge.pipeline"),
+    "ray": ("warmerge.pipeline.engine",),
     "typer": ("warmerge.cli",),
     "rich": ("warmerge.cli",),
 }
@@ -88,7 +93,8 @@ def violations(root: Path) -> list[str]:
             sideways = (
                 under(module, "warmerge.pipeline")
                 and under(target, "warmerge.pipeline")
-                and target not in (module, "warmerge.pipeline", *SHARED_BY_COMMANDS)
+                and target not in (module, "warmerge.pipeline")
+                and not any(under(target, tool) for tool in SHARED_BY_COMMANDS)
             )
             in_report, of_report = (under(place, "warmerge.report") for place in (module, target))
             to_report = of_report and not in_report and floor(module) < FLOORS["warmerge.pipeline"]
@@ -122,6 +128,10 @@ PLANTED = [
     ("weights/compat.py", "from ..rewards import config", "warmerge.rewards.config"),
     ("rewards/config.py", "from warmerge.pipeline.average import prepare", "warmerge.pipeline.average"),
     ("rewards/config.py", "from warmerge.report import model_card", "warmerge.report"),
+    ("rewards/config.py", "from warmerge.training import probe", "warmerge.training.probe"),
+    ("rewards/config.py", "import accelerate", "accelerate"),
+    ("training/probe.py", "from warmerge.report import figures", "warmerge.report.figures"),
+    ("pipeline/train.py", "import ray", "ray"),
     ("pipeline/average.py", "from warmerge.pipeline.inspect import inspect", "warmerge.pipeline.inspect"),
     ("pipeline/average.py", "from . import inspect", "warmerge.pipeline.inspect"),
     ("pipeline/inspect.py", "from warmerge.cli import app", "warmerge.cli"),

@@ -166,13 +166,13 @@ def publish(output: Output, plan: MergePlan) -> None:
     if len(plan.shards) > 1:
         _write_synced(output.partial / INDEX, index_json(plan))
     (output.partial / _PROGRESS).unlink()
-    _sync_folder(output.partial)
+    sync(output.partial)
     old = _old(output.out)
     if output.out.exists() and any(output.out.iterdir()):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(output.out, old)
     os.rename(output.partial, output.out)
-    _sync_folder(output.out.parent)
+    sync(output.out.parent)
     (output.out / _LOCK).unlink()  # only now: until the rename no other merge may touch the folder
     shutil.rmtree(old, ignore_errors=True)
 
@@ -259,7 +259,8 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwritev(descriptor, [data[done:]], offset + done)
 
 
-def _sync_folder(path: Path) -> None:
+def sync(path: Path) -> None:
+    """On the disk, not only in memory: a name must not outlive a power cut that its content does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
