@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from warmerge.pipeline.evaluate import Evaluation, evaluate
     from warmerge.pipeline.inspect import Inspection, inspect
     from warmerge.pipeline.lmc import Curve, lmc_curve
+    from warmerge.pipeline.probe import Probed, probe
     from warmerge.pipeline.score import ScoredFile, reward_function, score_file
+    from warmerge.pipeline.train import Trained, train
     from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
     from warmerge.rewards.bench import Measuring
     from warmerge.rewards.model import LoadOptions
+    from warmerge.training.recipe import Recipe
+    from warmerge.training.settings import TrainSettings
+    from warmerge.training.sft import SftRecipe
 
 __all__ = [
     "AccuracyVsM",
@@ -32,9 +37,14 @@ __all__ = [
     "LoadOptions",
     "Measuring",
     "Merged",
+    "Probed",
+    "Recipe",
     "RefusedError",
     "RemoteError",
     "ScoredFile",
+    "SftRecipe",
+    "TrainSettings",
+    "Trained",
     "UsageError",
     "WarmergeError",
     "accuracy_vs_m",
@@ -43,8 +53,10 @@ __all__ = [
     "evaluate",
     "inspect",
     "lmc_curve",
+    "probe",
     "reward_function",
     "score_file",
+    "train",
 ]
 
 # Imported when first used, so that `import warmerge` does not import torch.
@@ -63,6 +75,13 @@ _LAZY = {
     "score_file": "warmerge.pipeline.score",
     "AccuracyVsM": "warmerge.pipeline.vs_m",
     "accuracy_vs_m": "warmerge.pipeline.vs_m",
+    "Probed": "warmerge.pipeline.probe",
+    "probe": "warmerge.pipeline.probe",
+    "Trained": "warmerge.pipeline.train",
+    "train": "warmerge.pipeline.train",
+    "Recipe": "warmerge.training.recipe",
+    "TrainSettings": "warmerge.training.settings",
+    "SftRecipe": "warmerge.training.sft",
     "Measuring": "warmerge.rewards.bench",
     "LoadOptions": "warmerge.rewards.model",
 }

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from warmerge.cli import merging, scoring
+from warmerge.cli import merging, scoring, training
 
 app = typer.Typer(
-    help="One robust reward model out of many: check, average and inspect reward-model checkpoints (WARM).",
+    help="One robust reward model out of many: train, check, average and measure reward models (WARM).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,6 +28,8 @@ app.command("eval")(scoring.evaluate)
 app.command()(scoring.lmc_curve)
 app.command()(scoring.score)
 app.command()(scoring.plot)
+app.command()(training.train)
+app.command()(training.probe)
 
 
 @app.callback(invoke_without_command=True)

@@ -115,11 +115,11 @@ def evaluate(
         from warmerge.pipeline.evaluate import evaluate as run
 
         with bar("scoring", "texts") as progress:
-            loading = _loading(device, dtype, template, max_length, trust_remote_code)
+            loading = loading_of(device, dtype, template, max_length, trust_remote_code)
             found = run(
                 checkpoints, _given(data), out=out, init=init, with_average=not no_average, perturb_answers=perturb,
                 mask=mask, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
-                measuring=_measuring(
+                measuring=measuring_of(
                     loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress
                 ),
             )  # fmt: skip
@@ -190,10 +190,10 @@ def lmc_curve(
             )
         found: Curve | AccuracyVsM
         with bar("scoring", "texts") as progress:
-            loading = _loading(device, dtype, template, max_length, trust_remote_code)
+            loading = loading_of(device, dtype, template, max_length, trust_remote_code)
             common: dict[str, Any] = {
                 "overwrite": overwrite, "command": ["warmerge", *sys.argv[1:]],
-                "measuring": _measuring(
+                "measuring": measuring_of(
                     loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress
                 ),
             }  # fmt: skip
@@ -251,7 +251,7 @@ def score(
             done = score_file(
                 checkpoint, data, out, column=column, base=base, skip_bad_rows=skip_bad_rows,
                 batch_tokens=_positive("--batch-tokens", batch_tokens),
-                options=_loading(device, dtype, template, max_length, trust_remote_code),
+                options=loading_of(device, dtype, template, max_length, trust_remote_code),
                 overwrite=overwrite, on_work=begin, progress=advance,
             )  # fmt: skip
         warn(done.warnings)
@@ -281,13 +281,14 @@ def _given(data: list[str] | None) -> list[str]:
     return data
 
 
-def _loading(device: str, dtype: str, template: str, max_length: int | None, trust_remote_code: bool) -> LoadOptions:
+def loading_of(device: str, dtype: str, template: str, max_length: int | None, trust_remote_code: bool) -> LoadOptions:
+    """How models are loaded, as the arguments say."""
     from warmerge.rewards.model import LoadOptions
 
     return LoadOptions(device, dtype, template, max_length, trust_remote_code)
 
 
-def _measuring(
+def measuring_of(
     loading: LoadOptions,
     base: str | None,
     limit: int | None,
@@ -298,6 +299,7 @@ def _measuring(
     threads: int | None,
     progress: tuple[Callable[[int], None], Callable[[int], None]],
 ) -> Measuring:
+    """How models are measured, as the arguments say."""
     from warmerge.rewards.bench import Measuring
 
     batch_tokens = _positive("--batch-tokens", batch_tokens)

@@ -78,8 +78,7 @@ def bar(verb: str, unit: str = "bytes") -> Iterator[tuple[Callable[[int], None],
         task = progress.add_task(verb, total=None, start=False)
 
         def begin(total: int) -> None:
-            progress.update(task, total=total)
-            progress.start_task(task)
+            progress.reset(task, total=total)
 
         yield begin, lambda count: progress.advance(task, count)
 

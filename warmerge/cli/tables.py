@@ -14,6 +14,8 @@ from warmerge.errors import plain
 if TYPE_CHECKING:
     from warmerge.pipeline.evaluate import Evaluation
     from warmerge.pipeline.lmc import Curve
+    from warmerge.pipeline.probe import Probed
+    from warmerge.pipeline.train import Trained
     from warmerge.pipeline.vs_m import AccuracyVsM
 
 
@@ -135,3 +137,35 @@ def _print_notes(notes: Sequence[str], record: Mapping[str, Any]) -> None:
 
 def _heading(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"\n{plain(name)}: n = {rows[0]['n']} comparisons of {rows[0]['prompts']} prompts"
+
+
+def print_trained(found: Trained) -> None:
+    """The members, best first, the start beside them, and what to do next."""
+    sets = list(dict.fromkeys(row["set"] for row in found.accuracies))
+    columns = ["member", "lr", "dropout", "seed", "start", "loss", "training pairs right", *sets, "seconds"]
+    cells = {(row["model"], row["set"]): _interval(row, "accuracy") for row in found.accuracies}
+    rows = []
+    for row in found.members:
+        settings = [row["member"], f"{row['lr']:g}", f"{row['dropout']:g}", str(row["seed"]), row["init"]]
+        if row["failed"]:
+            rows.append([*settings, "failed", "", *("" for _ in sets), ""])
+            continue
+        learned = [f"{row['final_loss']:.3f}", f"{row['final_accuracy']:.3f}"]
+        rows.append([*settings, *learned, *(cells[row["member"], name] for name in sets), f"{row['seconds']:.0f}"])
+    if found.start:
+        rows.append(["start", "", "", "", "", "", "", *(cells["start", name] for name in sets), ""])
+    table(columns, rows)
+    for row in found.failed:
+        typer.echo(f"failed: member {row['member']}: {row['failed']}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    for i, command in enumerate(found.next):
+        typer.echo(f"{'next:' if i == 0 else '     '} {command}")
+
+
+def print_probed(found: Probed) -> None:
+    """What the new head is worth on the prompts that were held out, and where it is."""
+    typer.echo(
+        f"right on pairs of held-out prompts: {found.before:.3f} with the old head, {found.after:.3f} with the new one"
+    )
+    typer.echo(str(found.out))

@@ -4,9 +4,11 @@ card      the README.md of a merged checkpoint
 rows      what the figures read out of rows; names that fit and stay distinct
 canvas    how every figure looks, and how it is saved: the same bytes each time
 figures   the figures themselves
+learning  learning curves of a run's members
 """
 
 from warmerge.report.card import model_card
 from warmerge.report.figures import eval_figure, heat_map, lmc_figure, sparkline, vs_m_figure
+from warmerge.report.learning import learning_figure
 
-__all__ = ["eval_figure", "heat_map", "lmc_figure", "model_card", "sparkline", "vs_m_figure"]
+__all__ = ["eval_figure", "heat_map", "learning_figure", "lmc_figure", "model_card", "sparkline", "vs_m_figure"]

@@ -108,7 +108,7 @@ def _lmc_path(subfigure: Any, rows: Sequence[Row], sets: Sequence[str], first: s
     by_set = groups(rows, "set")
     for panel, name in zip(panels, sets, strict=True):
         own = in_order(by_set.get(name, []), "lambda")
-        _title(panel, name, own)
+        titled(panel, name, own)
         panel.set_xlim(low - margin, high + margin)
         if low < 0:
             panel.axvspan(low - margin, 0, color=SHADE, linewidth=0, zorder=0)
@@ -144,7 +144,7 @@ def draw_vs_m(rows: Sequence[Row]) -> Figure:
             own = in_order(sets[name], "m")
             size = {"markersize": 4.5 if len(own) <= 20 else 2.5}
             selected = any(flag(row, "selected_on") for row in own)
-            _title(panel, name, own, "(members were ranked on this set)" if selected else "")
+            titled(panel, name, own, "(members were ranked on this set)" if selected else "")
             panel.set_xlabel("number of members M")
             panel.set_ylabel("accuracy")
             panel.set_xlim(place(own[0], "m") - 0.5, place(own[-1], "m") + 0.5)
@@ -184,17 +184,18 @@ def draw_eval(rows: Sequence[Row]) -> Figure:
         width = max(4.6, 0.5 + 0.062 * max(map(len, names)) + 2.3 * columns)
         figure = canvas.new_figure(width, 0.1 + blocks * (0.75 + 0.19 * len(models)))
         for index, (panel, name) in enumerate(zip(canvas.grid(figure, len(sets), columns), sets, strict=True)):
-            _title(panel, name, sets[name])
+            titled(panel, name, sets[name])
             panel.set_yticks(range(len(models)), names if index % columns == 0 else [""] * len(models))
             panel.set_ylim(len(models) - 0.4, -0.6)
             panel.set_xlabel("accuracy (bar: 95 % interval)")
-            _forest(panel, sets[name], list(models))
+            forest(panel, sets[name], list(models))
         styles = [KINDS[kind] for kind in KINDS if kind in kinds] + ([OTHER_KIND] if kinds.keys() - KINDS else [])
         canvas.legend(figure, [(canvas.line(color=c, marker=m, linestyle=""), words) for c, m, words in styles])
     return figure
 
 
-def _forest(panel: Any, rows: Sequence[Row], models: Sequence[str]) -> None:
+def forest(panel: Any, rows: Sequence[Row], models: Sequence[str]) -> None:
+    """Accuracies of one set with their intervals, a line for each of `models`, from the top."""
     seen: list[float] = []
     for model, (row, *more) in groups(rows, "model").items():
         if more:
@@ -275,7 +276,8 @@ def sparkline(values: Sequence[float], low: float | None = None, high: float | N
     return line
 
 
-def _title(panel: Any, name: str, rows: Sequence[Row], below: str = "") -> None:
+def titled(panel: Any, name: str, rows: Sequence[Row], below: str = "") -> None:
+    """A panel's name, on how much it was measured, and a third line."""
     lines = [shortened(printable(name), 36), sizes(rows), below]
     panel.set_title("\n".join(line for line in lines if line))
     panel.grid(True)

@@ -7,17 +7,28 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from warmerge.errors import UsageError, plain
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
+from warmerge.report.learning import learning_figure
 
-# What each kind of result is: its JSON file's stem, its tables, and what draws one of them.
-EVAL, CURVE, VS_M = "eval", "curve", "vs_m"
-_TABLES = {EVAL: ("rows", "differences", "movements"), CURVE: ("rows", "verdicts"), VS_M: ("rows",)}
-_FIGURES = {EVAL: eval_figure, CURVE: lmc_figure, VS_M: vs_m_figure}
+# What each kind of result is: its JSON file's stem, its tables; what draws it, and from which of them.
+EVAL, CURVE, VS_M, TRAINING = "eval", "curve", "vs_m", "training"
+_TABLES = {
+    EVAL: ("rows", "differences", "movements"),
+    CURVE: ("rows", "verdicts"),
+    VS_M: ("rows",),
+    TRAINING: ("rows", "members", "accuracies"),
+}
+_FIGURES: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
+    EVAL: (eval_figure, ("rows",)),
+    CURVE: (lmc_figure, ("rows",)),
+    VS_M: (vs_m_figure, ("rows",)),
+    TRAINING: (learning_figure, ("rows", "accuracies")),
+}
 
 
 def check_results(folder: Path, kind: str, overwrite: bool) -> None:
@@ -102,7 +113,8 @@ def without_nan(value: Any) -> Any:
 
 
 def _draw(folder: Path, kind: str, content: Mapping[str, Any]) -> list[Path]:
-    return _FIGURES[kind](content["rows"], folder / kind)
+    figure, tables = _FIGURES[kind]
+    return figure(*(content.get(table) or [] for table in tables), folder / kind)
 
 
 def _is_nan(value: Any) -> bool:
