@@ -183,7 +183,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="how often all programs are run in turn")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="most tokens a pass in warmerge's second turn")
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument("--count-padding", action="store_true", help="only count padding over 200 steps")
     arguments = parser.parse_args()
+    if arguments.count_padding:
+        count_padding((Recipe.batch_tokens, arguments.batch_tokens))
+        return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, ", end="")
@@ -212,6 +216,23 @@ def main() -> None:
                 folder.mkdir()
                 found[name].append(program(folder=folder))
     report(found, steps, batch)
+
+
+def count_padding(budgets: tuple[int, ...], steps: int = 200) -> None:
+    """A table of the share of padding: a step's texts padded to the longest, and in passes of like length."""
+    pairs = make_pairs(6400, VOCABULARY, 0)
+    names = " | ".join(f"warmerge, {budget:,} tokens a pass (passes a step)" for budget in budgets)
+    print(f"| pairs a step | all padded to the longest | {names} |\n|---|---|{'---|' * len(budgets)}")
+    for batch in (8, 16, 32, 128):
+        dealt = [batch_of(step, len(pairs), batch, 0) for step in range(steps)]
+        tokens = sum(pairs.tokens(part) for part in dealt)
+        lengths = [pairs.longest(part) for part in dealt]
+        cells = [f"{1 - tokens / sum(2 * batch * int(own.max()) for own in lengths):.0%}"]
+        for budget in budgets:
+            passes = [own[part] for own in lengths for part in micro_batches(own, budget)]
+            padded = sum(2 * len(part) * int(part.max()) for part in passes)
+            cells.append(f"{1 - tokens / padded:.0%} ({len(passes) / steps:.1f})")
+        print(f"| {batch} | {' | '.join(cells)} |")
 
 
 def report(found: dict[str, list[Measured]], steps: int, batch: int) -> None:

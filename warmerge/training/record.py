@@ -15,6 +15,7 @@ from warmerge.rewards.pairs import PreferenceSet
 from warmerge.training.recipe import Member, read_member
 from warmerge.training.settings import TrainSettings
 from warmerge.training.sft import SftRecipe
+from warmerge.weights.output import sync
 
 TRAIN, MEMBERS = "train.json", "members"
 
@@ -95,6 +96,8 @@ def write_members(out: Path, made: Sequence[Member]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Writes a file that is there whole or not at all, and on the disk when this returns."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(partial)
     os.replace(partial, path)

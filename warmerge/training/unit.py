@@ -20,6 +20,7 @@ from warmerge.rewards.bench import Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, RewardModel, load_reward_model
 from warmerge.training import saving
 from warmerge.training.member import ROWS, Member, read_member, train_member
+from warmerge.training.record import TRAIN, write_json
 from warmerge.training.training_set import read_pairs
 from warmerge.version import versions
 
@@ -50,8 +51,8 @@ def run_member(folder: Path, stop: Callable[[], bool]) -> None:
         what = f"member {member.name} was stopped after {steps} of {member.recipe.steps} steps"
         raise Interrupted(f"{what}; run it again to go on")
     if int(os.environ.get("RANK", "0")) == 0:
-        result = _curve(folder, member) | _measured(folder, member, init, _settings(runs / "train.json"))
-        _write(folder / RESULT, result)
+        result = _curve(folder, member) | _measured(folder, member, init, _settings(runs / TRAIN))
+        write_json(folder / RESULT, result)
 
 
 def _curve(folder: Path, member: Member) -> dict[str, Any]:
@@ -111,12 +112,3 @@ def accuracies(model: RewardModel, val: Sequence[str], measuring: Measuring) -> 
             "reward_mean": float(values.mean()), "reward_sd": float(values.std()),
         }  # fmt: skip
     return found
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
