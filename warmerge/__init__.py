@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from warmerge.pipeline.inspect import Inspection, inspect
     from warmerge.pipeline.lmc import Curve, lmc_curve
     from warmerge.pipeline.probe import Probed, probe
+    from warmerge.pipeline.push import Pushed, push
     from warmerge.pipeline.score import ScoredFile, reward_function, score_file
     from warmerge.pipeline.train import Trained, train
     from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
@@ -38,6 +39,7 @@ __all__ = [
     "Measuring",
     "Merged",
     "Probed",
+    "Pushed",
     "Recipe",
     "RefusedError",
     "RemoteError",
@@ -54,6 +56,7 @@ __all__ = [
     "inspect",
     "lmc_curve",
     "probe",
+    "push",
     "reward_function",
     "score_file",
     "train",
@@ -77,6 +80,8 @@ _LAZY = {
     "accuracy_vs_m": "warmerge.pipeline.vs_m",
     "Probed": "warmerge.pipeline.probe",
     "probe": "warmerge.pipeline.probe",
+    "Pushed": "warmerge.pipeline.push",
+    "push": "warmerge.pipeline.push",
     "Trained": "warmerge.pipeline.train",
     "train": "warmerge.pipeline.train",
     "Recipe": "warmerge.training.recipe",

@@ -782,11 +782,11 @@ def test_the_model_card_has_front_matter_and_no_local_path(tmp_path: Path, rm: A
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
-        "tags": ["warmerge", "model-merging", "reward-model"],
+        "tags": ["reward-model", "warm", "model-merging", "warmerge", "RLHF"],
     }
     for private in (str(tmp_path), "secret", os.sep + "tmp", str(Path.home())):
         assert private not in card
-    assert f"The {rule} merge of 2 checkpoints" in body
+    assert f"{'uniform average' if rule == 'uniform' else '`stock` merge'} of those of 2 fine-tuned" in body
     for entry in merged.manifest["inputs"]:
         assert f"`{entry['fingerprint'][:16]}`" in body
 

@@ -16,9 +16,10 @@ import pytest
 from loopback_hub import Fault, LoopbackHub, not_found
 
 from warmerge.errors import RefusedError, RemoteError, UsageError
-from warmerge.weights import locate, remote
+from warmerge.weights import locate
 from warmerge.weights.checkpoint import read_checkpoint
 from warmerge.weights.folder import LocalFolder, open_folder, read_bytes
+from warmerge.weights.remote import asking, reading
 from warmerge.weights.safetensors_format import build_header
 
 CONFIG = json.dumps({"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "pad_token_id": 0}).encode()
@@ -52,7 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited."""
     waited: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(asking.time, "sleep", waited.append)
     return waited
 
 
@@ -68,45 +69,47 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ],
 )
 def test_ids_with_and_without_a_revision(spec: str, expected: tuple[str, str | None]) -> None:
-    assert remote.parse_hub_id(spec) == expected
+    assert reading.parse_hub_id(spec) == expected
 
 
 @pytest.mark.parametrize("spec", ["", "./runs/1", "runs/1/last", "~/x", "a b", "me/a--b", "hf://models/a", "hf://"])
 def test_what_cannot_be_an_id_is_a_missing_folder(spec: str) -> None:
     with pytest.raises(UsageError, match=r"no local folder .* not a Hub id") as error:
-        remote.open_hub(spec)
+        reading.open_hub(spec)
     assert repr(spec) in str(error.value)
 
 
 @pytest.mark.parametrize("revision", ["", "../../x", "a b", "/main", "main/", "a..b", "a\x1b[31m", "a:b"])
 def test_what_cannot_be_a_revision_is_refused(revision: str) -> None:
     with pytest.raises(UsageError, match=r"must be a branch, a tag or a commit of me/a") as error:
-        remote.parse_hub_id(f"me/a@{revision}")
+        reading.parse_hub_id(f"me/a@{revision}")
     assert "\x1b" not in str(error.value)
 
 
 def test_opening_takes_one_request_and_records_the_commit(hub: LoopbackHub) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     assert len(hub.requests) == 1
     assert folder.label == "me/a"
     assert folder.identity == f"hf://me/a@{hub.commits['me/a']}"
-    assert remote.revision_of(folder) == {"repo": "me/a", "revision": hub.commits["me/a"]}
+    assert reading.revision_of(folder) == {"repo": "me/a", "revision": hub.commits["me/a"]}
     assert folder.sizes() == {name: len(data) for name, data in model(0).items() if "/" not in name}
 
 
 def test_everything_is_read_at_the_commit_even_when_the_branch_moves(hub: LoopbackHub) -> None:
-    folder = remote.open_hub("hf://me/a@main")
+    folder = reading.open_hub("hf://me/a@main")
     commit = hub.commits["me/a"]
     read_checkpoint(folder)
     assert all(f"/resolve/{commit}/" in request.path for request in hub.requests[1:])
     hub.put("me/a", model(9))
-    with pytest.raises(RemoteError, match=r"has no revision"):  # this Hub forgets old commits
+    hub.forget("me/a")
+    lost = rf"hf://me/a@main changed while it was read: its commit {commit[:12]} is no longer there; run"
+    with pytest.raises(RemoteError, match=lost):
         read_bytes(folder, "model.safetensors", 500_000, 8)
 
 
 def test_headers_are_read_without_the_weights(hub: LoopbackHub) -> None:
     for name in ("me/a", "me/b"):
-        checkpoint = read_checkpoint(remote.open_hub(name))
+        checkpoint = read_checkpoint(reading.open_hub(name))
         assert checkpoint.tensors["score.weight"].shape == (1, 4)
         assert checkpoint.config == json.loads(CONFIG)
     asked = hub.asked(path="model.safetensors")
@@ -119,7 +122,7 @@ def test_a_header_larger_than_the_window_takes_one_more_request(hub: LoopbackHub
     hub.put("me/a", {"config.json": CONFIG, "model.safetensors": data})
     header = 8 + int.from_bytes(data[:8], "little")
     assert header > 262144
-    checkpoint = read_checkpoint(remote.open_hub("me/a"))
+    checkpoint = read_checkpoint(reading.open_hub("me/a"))
     assert len(checkpoint.tensors) == 4001
     assert [r.range for r in hub.asked(path="model.safetensors")] == ["bytes=0-262143", f"bytes=262144-{header - 1}"]
 
@@ -130,11 +133,11 @@ def test_a_header_larger_than_the_window_takes_one_more_request(hub: LoopbackHub
 )
 def test_any_range_gives_exactly_those_bytes(hub: LoopbackHub, offset: int, length: int) -> None:
     data = model(0)["model.safetensors"]
-    assert read_bytes(remote.open_hub("me/a"), "model.safetensors", offset, length) == data[offset : offset + length]
+    assert read_bytes(reading.open_hub("me/a"), "model.safetensors", offset, length) == data[offset : offset + length]
 
 
 def test_past_the_end_is_refused(hub: LoopbackHub) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     for file in ("model.safetensors", "config.json"):
         with pytest.raises(RefusedError, match=r"it is damaged"):
             read_bytes(folder, file, folder.sizes()[file] - 1, 2)
@@ -142,7 +145,7 @@ def test_past_the_end_is_refused(hub: LoopbackHub) -> None:
 
 def test_small_files_come_from_the_cache_the_second_time(hub: LoopbackHub) -> None:
     for _ in range(2):
-        folder = remote.open_hub("me/a")
+        folder = reading.open_hub("me/a")
         assert read_bytes(folder, "tokenizer.json") == model()["tokenizer.json"]
         assert read_bytes(folder, "tokenizer.json", 2, 5) == b"model"
     assert len(hub.asked(path="tokenizer.json")) == 1
@@ -150,7 +153,7 @@ def test_small_files_come_from_the_cache_the_second_time(hub: LoopbackHub) -> No
 
 def test_an_empty_file_is_empty(hub: LoopbackHub) -> None:
     hub.put("me/a", {"config.json": b"", "model.safetensors": b""})
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     assert read_bytes(folder, "model.safetensors") == read_bytes(folder, "config.json") == b""
     with pytest.raises(RefusedError, match="is empty"):
         read_checkpoint(folder)
@@ -169,7 +172,7 @@ def test_from_ids_to_local_checkpoints(hub: LoopbackHub) -> None:
     for before, after, seed in zip(checkpoints, local, (0, 7), strict=True):
         assert isinstance(after.folder, LocalFolder)
         assert after.label == before.label == after.folder.label
-        assert remote.revision_of(after.folder) == remote.revision_of(before.folder)
+        assert reading.revision_of(after.folder) == reading.revision_of(before.folder)
         assert read_bytes(after.folder, "model.safetensors") == model(seed)["model.safetensors"]
         assert after.tensors["score.weight"].folder == after.folder
 
@@ -181,21 +184,21 @@ def test_from_ids_to_local_checkpoints(hub: LoopbackHub) -> None:
 def test_only_the_files_asked_for_are_downloaded_and_only_once(hub: LoopbackHub) -> None:
     name = "model-[1]*.safetensors"
     hub.put("me/a", {"config.json": CONFIG, name: b"1234", "model-1x.safetensors": b"junk", "model.bin": b"junk"})
-    folder = remote.open_hub("me/a")
-    local = remote.download(folder, ["config.json", name])
+    folder = reading.open_hub("me/a")
+    local = reading.download(folder, ["config.json", name])
     assert isinstance(local, LocalFolder)
     assert local.label == "me/a"
     assert local.sizes() == {"config.json": len(CONFIG), name: 4}
     assert read_bytes(local, name) == b"1234"
     hub.requests.clear()
-    assert remote.download(folder, ["config.json", name]) == local
+    assert reading.download(folder, ["config.json", name]) == local
     assert hub.asked(path="/resolve/") == hub.asked("HEAD") == []
 
 
 def test_a_local_folder_stays_as_it_is(tmp_path: Path) -> None:
     folder = open_folder(tmp_path, "x")
-    assert remote.download(folder, ["config.json"]) is folder
-    assert remote.revision_of(folder) == {}
+    assert reading.download(folder, ["config.json"]) is folder
+    assert reading.revision_of(folder) == {}
 
 
 NO_MODEL = "no local folder 'me/a' and no such model on the Hub; check the name, or if it is private, "
@@ -243,14 +246,18 @@ def test_what_is_said_when_it_goes_wrong(
     text: str,
 ) -> None:
     hub.use(monkeypatch, tmp_path / "cache", token)
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.faults.append(replace(fault, times=99))
     steps: dict[str, Callable[[], object]] = {
-        "open": lambda: remote.open_hub("me/a"),
-        "download": lambda: remote.download(folder, ["model.safetensors"]),
+        "open": lambda: reading.open_hub("me/a"),
+        "download": lambda: reading.download(folder, ["model.safetensors"]),
     }
     with pytest.raises(UsageError if "no such model" in text else RemoteError) as error:
         steps.get(step, lambda: read_bytes(folder, step))()
+    if step != "open":  # then it is known that the name and the revision are right
+        text = text.replace("check the name and the network, or set", "check the network and run the command again")
+        if "has no revision" in text:
+            text = f"me/a changed while it was read: its commit {folder.revision[:12]} is no longer there; run"
     assert text.replace("HUB", hub.url) in str(error.value)
     assert "\n" not in str(error.value)
     assert SECRET not in "".join(traceback.format_exception(error.value))
@@ -258,11 +265,12 @@ def test_what_is_said_when_it_goes_wrong(
 
 
 def test_a_dead_address_is_said_quickly(hub: LoopbackHub, waits: list[float]) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.__exit__(None, None, None)
-    for action in (lambda: remote.open_hub("me/a"), lambda: read_bytes(folder, "model.safetensors", 0, 8)):
-        with pytest.raises(RemoteError, match=r"me/a is no local folder, and http.* cannot be reached .ConnectError."):
-            action()
+    with pytest.raises(RemoteError, match=r"me/a is no local folder, and http.* cannot be reached .ConnectError."):
+        reading.open_hub("me/a")
+    with pytest.raises(RemoteError, match=r"me/a cannot be read on: http.* cannot be reached .ConnectError."):
+        read_bytes(folder, "model.safetensors", 0, 8)
     assert sum(waits) < 10
     with pytest.raises(RemoteError, match=r"cannot be reached .ConnectError."):
         read_bytes(folder, "config.json")
@@ -275,13 +283,14 @@ def test_a_dead_address_is_said_quickly(hub: LoopbackHub, waits: list[float]) ->
         ([Fault(status=429, headers={"Retry-After": "7"})], [7.0]),
         ([Fault(status=429, headers={"RateLimit": '"api";r=0;t=12'}), Fault(status=500)], [12.0, 1.0]),
         ([Fault(status=429, headers={"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"})], [0.5]),
-        ([Fault("hangup"), Fault("short"), Fault("long")], [0.5, 1.0, 2.0]),
+        ([Fault("hangup"), Fault("hangup"), Fault("hangup")], [0.5, 1.0, 2.0]),
+        ([Fault("hangup"), Fault("short"), Fault("long")], [0.5, 0.5, 1.0]),  # the second got further
     ],
 )
 def test_a_busy_hub_is_asked_again(
     hub: LoopbackHub, waits: list[float], faults: list[Fault], expected: list[float]
 ) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.faults += faults
     start = 400_000
     assert read_bytes(folder, "model.safetensors", start, 5000) == model()["model.safetensors"][start : start + 5000]
@@ -289,9 +298,9 @@ def test_a_busy_hub_is_asked_again(
 
 
 def test_a_busy_hub_is_not_asked_for_ever(hub: LoopbackHub, waits: list[float]) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.requests.clear()
-    hub.faults.append(Fault("short", times=99))
+    hub.faults.append(Fault("hangup", times=99))
     with pytest.raises(RemoteError, match=r"cannot be reached"):
         read_bytes(folder, "model.safetensors", 0, 8)
     assert len(hub.requests) == 4
@@ -300,13 +309,13 @@ def test_a_busy_hub_is_not_asked_for_ever(hub: LoopbackHub, waits: list[float]) 
 
 def test_opening_is_tried_again_too(hub: LoopbackHub, waits: list[float]) -> None:
     hub.faults.append(Fault(status=500))
-    assert remote.open_hub("me/a").label == "me/a"
+    assert reading.open_hub("me/a").label == "me/a"
     assert waits == [0.5]
 
 
 def test_a_server_that_ignores_ranges_is_refused_before_it_has_sent_the_file(hub: LoopbackHub) -> None:
     hub.put("me/a", {"model.safetensors": weights(0, rows=8_000_000)})
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.sent = 0
     hub.faults.append(Fault("whole", path="/resolve/"))
     with pytest.raises(RemoteError, match=r"sent the whole file .status 200.; run `hf download me/a --revision"):
@@ -319,31 +328,31 @@ def test_a_whole_file_is_taken_when_the_whole_file_was_asked_for(hub: LoopbackHu
     data = weights(0, rows=10)
     hub.put("me/a", {"model.safetensors": data})
     hub.faults.append(Fault("whole", path="/resolve/"))
-    assert read_bytes(remote.open_hub("me/a"), "model.safetensors") == data
+    assert read_bytes(reading.open_hub("me/a"), "model.safetensors") == data
 
 
 @pytest.mark.parametrize(("kind", "sent"), [("shifted", "bytes 1-262144/"), ("html", "the whole file .status 200.")])
 def test_other_bytes_than_asked_for_are_not_taken(hub: LoopbackHub, kind: str, sent: str) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.faults.append(Fault(kind))
     with pytest.raises(RemoteError, match=rf"bytes 0-262143/.* were asked for, the server sent {sent}"):
         read_bytes(folder, "model.safetensors", 0, 8)
 
 
 def test_a_page_of_some_proxy_is_not_taken_for_a_file(hub: LoopbackHub) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     hub.faults.append(Fault("html", times=99))
     for action in (
-        lambda: remote.open_hub("me/a"),
+        lambda: reading.open_hub("me/a"),
         lambda: read_bytes(folder, "config.json"),
-        lambda: remote.download(folder, ["config.json"]),
+        lambda: reading.download(folder, ["config.json"]),
     ):
         with pytest.raises(RemoteError, match=r"does not answer as the Hub does .*; check HF_ENDPOINT and the proxy"):
             action()
 
 
 def test_a_file_that_has_vanished(hub: LoopbackHub) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     for file in ("model.safetensors", "config.json"):
         del hub.repos["me/a"][file]
         with pytest.raises(RemoteError, match=r"lists a file that the Hub does not have"):
@@ -357,7 +366,7 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_sends_us(
     hub.tokens = {SECRET}
     with LoopbackHub({"me/a": model(0)}) as storage:
         hub.redirect_to = storage.url
-        folder = remote.open_hub("me/a")
+        folder = reading.open_hub("me/a")
         assert read_bytes(folder, "model.safetensors") == model()["model.safetensors"]
         assert {request.authorization for request in hub.requests} == {f"Bearer {SECRET}"}
         assert {request.authorization for request in storage.requests} == {None}
@@ -368,49 +377,49 @@ def test_a_token_that_is_not_accepted(hub: LoopbackHub, monkeypatch: pytest.Monk
     hub.use(monkeypatch, tmp_path / "cache", SECRET)
     hub.tokens = {"another"}
     with pytest.raises(RemoteError, match=r"the Hub does not accept your token") as error:
-        remote.open_hub("me/a")
+        reading.open_hub("me/a")
     assert SECRET not in "".join(traceback.format_exception(error.value))
 
 
 def test_offline_the_cache_serves(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    folder = remote.open_hub("me/a")
-    remote.download(folder, ["config.json", "model.safetensors"])
-    read_checkpoint(remote.open_hub("me/b"))  # its header has been looked at, its weights are not here
+    folder = reading.open_hub("me/a")
+    reading.download(folder, ["config.json", "model.safetensors"])
+    read_checkpoint(reading.open_hub("me/b"))  # its header has been looked at, its weights are not here
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for label in ("me/a", "me/a@main", f"hf://me/a@{hub.commits['me/a']}"):
-        cached = remote.open_hub(label)
+        cached = reading.open_hub(label)
         assert isinstance(cached, LocalFolder)
         assert cached.label == label
-        assert remote.revision_of(cached) == remote.revision_of(folder)
+        assert reading.revision_of(cached) == reading.revision_of(folder)
         assert read_checkpoint(cached).tensors["score.weight"].shape == (1, 4)
-    with pytest.raises(RemoteError, match=r"is in the Hub's cache without its weights; unset HF_HUB_OFFLINE"):
-        remote.open_hub(f"me/b@{hub.commits['me/b']}")
+    with pytest.raises(RemoteError, match=r"is in the Hub's cache without its weights; without --offline and HF_"):
+        reading.open_hub(f"me/b@{hub.commits['me/b']}")
     for label in ("me/b", "me/c", "me/a@v2"):
-        with pytest.raises(RemoteError, match=rf"{label} is no local folder, and not in the Hub's cache; unset"):
-            remote.open_hub(label)
+        with pytest.raises(RemoteError, match=rf"{label} is no local folder, and not in the Hub's cache; without"):
+            reading.open_hub(label)
     assert hub.requests == []
 
 
 def test_half_a_download_is_not_taken_for_a_whole_one(hub: LoopbackHub, waits: list[float]) -> None:
-    folder = remote.open_hub("me/a")
+    folder = reading.open_hub("me/a")
     read_bytes(folder, "config.json")  # now there is a snapshot folder, with one file
     hub.faults.append(Fault(status=503, path="/tree/", times=99))
     with pytest.raises(RemoteError, match=r"'model.safetensors' could not be had; check the network|status 503"):
-        remote.download(folder, ["config.json", "model.safetensors"])
+        reading.download(folder, ["config.json", "model.safetensors"])
 
 
 def test_a_damaged_cache_is_noticed(hub: LoopbackHub) -> None:
-    folder = remote.open_hub("me/a")
-    local = remote.download(folder, ["config.json", "model.safetensors"])
+    folder = reading.open_hub("me/a")
+    local = reading.download(folder, ["config.json", "model.safetensors"])
     assert isinstance(local, LocalFolder)
     for file in ("config.json", "model.safetensors"):
         with (local.path / file).resolve().open("ab") as blob:
             blob.write(b"more")
     with pytest.raises(RemoteError, match=r"is not of the size that the Hub announces; run `hf cache rm model/me/a`"):
-        remote.download(folder, ["model.safetensors"])
+        reading.download(folder, ["model.safetensors"])
     with pytest.raises(RemoteError, match=r"'config.json' in the Hub's cache"):
         read_bytes(folder, "config.json")
 
@@ -425,19 +434,19 @@ def test_a_cache_that_cannot_be_written(hub: LoopbackHub, monkeypatch: pytest.Mo
     with pytest.raises(
         RemoteError, match=r"me/a cannot be put in the Hub's cache .No space left on device.; make room"
     ):
-        remote.download(remote.open_hub("me/a"), ["model.safetensors"])
+        reading.download(reading.open_hub("me/a"), ["model.safetensors"])
 
 
 def test_a_hub_that_tells_no_sizes(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.commits["me/a"] = "main"
     with pytest.raises(RemoteError, match=r"does not tell the commit and the files' sizes; check HF_ENDPOINT"):
-        remote.open_hub("me/a")
+        reading.open_hub("me/a")
 
 
 def test_the_address_comes_from_the_environment_and_importing_costs_nothing(hub: LoopbackHub, tmp_path: Path) -> None:
     code = (
-        "import sys; from warmerge.weights import remote; assert 'huggingface_hub' not in sys.modules; "
-        "folder = remote.open_hub('me/a'); print(remote.download(folder, ['config.json']).sizes())"
+        "import sys; from warmerge.weights.remote import reading; assert 'huggingface_hub' not in sys.modules; "
+        "folder = reading.open_hub('me/a'); print(reading.download(folder, ['config.json']).sizes())"
     )
     environment = os.environ | hub.environment(tmp_path / "other")
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

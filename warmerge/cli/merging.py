@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from warmerge.cli.shared import AnyModel, Base, Checkpoints, Debug, Json, Threads, bar, errors, numbers, table, warn
+from warmerge.cli.publishing import Yes, described, refuse_unasked, sent
+from warmerge.cli.shared import (
+    AnyModel,
+    Base,
+    Checkpoints,
+    Debug,
+    Json,
+    Offline,
+    Threads,
+    bar,
+    errors,
+    numbers,
+    table,
+    warn,
+)
 from warmerge.errors import UsageError, plain
 from warmerge.weights.rules import FLAGS, RULES
 
@@ -90,6 +104,13 @@ def average(
     dtype: Annotated[
         str, typer.Option(rich_help_panel="Output", help="auto (each tensor's own), float32, bfloat16 or float16.")
     ] = "auto",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read checkpoints on the Hub piece by piece: only the result is put on the disk."
+        ),
+    ] = False,
+    offline: Offline = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     threads: Threads = None,
     max_shard_size: Annotated[
@@ -112,6 +133,13 @@ def average(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", rich_help_panel="Output", help="Check, print the plan, and stop.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID", rich_help_panel="Output", help="Then publish OUT there, as `warmerge push OUT REPO_ID`."
+        ),
+    ] = None,
+    yes: Yes = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -124,13 +152,14 @@ def average(
     with errors(debug):
         from warmerge.pipeline import average as pipeline
         from warmerge.pipeline.prepare import prepare
+        from warmerge.pipeline.push import check_target
         from warmerge.weights.output import check_out
 
         choices: dict[str, Any] = {
             "rule": rule, "weights": numbers("--weights", weights), "normalize": normalize, "lam": lam, "eta": eta,
             "base": base, "only": only or (), "exclude": exclude or (), "rest_from": rest_from, "dtype": dtype,
             "max_shard_size": max_shard_size, "any_model": any_model, "allow_duplicates": allow_duplicates,
-            "tokenizer_from": tokenizer_from,
+            "tokenizer_from": tokenizer_from, "stream": stream,
         }  # fmt: skip
         chosen: dict[str, Any] | None = None
         if bool(select) != bool(data):
@@ -148,6 +177,9 @@ def average(
             if out is not None:
                 check_out(out, [Path(checkpoint) for checkpoint in checkpoints if Path(checkpoint).is_dir()], overwrite)
             checkpoints, chosen = _select(checkpoints, select, data, base, max_length)
+        if push:
+            refuse_unasked(yes or dry_run)
+            check_target(push)
         if dry_run:
             prepared = prepare(checkpoints, **choices)
             warn(prepared.warnings)
@@ -174,7 +206,22 @@ def average(
                 **choices,
             )
         result = {"out": str(merged.out), **merged.manifest}
-        typer.echo(json.dumps(result, indent=2) if as_json else str(merged.out))
+        if push:
+            result["url"] = _pushed(merged.out, push, yes, any_model)
+        typer.echo(
+            json.dumps(result, indent=2)
+            if as_json
+            else "\n".join([str(merged.out), *([result["url"]] if push else [])])
+        )
+
+
+def _pushed(out: Path, repo: str, yes: bool, any_model: bool) -> str:
+    """The address of the merge that was just written, once it is on the Hub."""
+    try:
+        return sent(described(out, repo, None, asking=not yes, any_model=any_model), yes).url
+    except BaseException:
+        typer.echo(f"the merge is in {out}; `warmerge push {out} {repo}` publishes it", err=True)
+        raise
 
 
 def _select(
@@ -200,6 +247,7 @@ def inspect(
     base: Base = None,
     figure: Annotated[Path | None, typer.Option(help="With --distances: a PNG heat map.")] = None,
     any_model: AnyModel = False,
+    offline: Offline = False,
     threads: Threads = None,
     as_json: Json = False,
     debug: Debug = False,

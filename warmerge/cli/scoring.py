@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from warmerge.cli.shared import Checkpoints, Debug, Json, Overwrite, Threads, bar, errors, numbers, warn
+from warmerge.cli.shared import Checkpoints, Debug, Json, Offline, Overwrite, Threads, bar, errors, numbers, warn
 from warmerge.cli.tables import print_curve, print_evaluation, print_json, print_vs_m
 from warmerge.errors import UsageError
 
@@ -102,6 +102,7 @@ def evaluate(
     resamples: Resamples = 2000,
     seed: Seed = 0,
     threads: Threads = None,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -168,6 +169,7 @@ def lmc_curve(
     resamples: Resamples = 2000,
     seed: Seed = 0,
     threads: Threads = None,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -235,6 +237,7 @@ def score(
     batch_tokens: BatchTokens = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_bad_rows: SkipBadRows = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

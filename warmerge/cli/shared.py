@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ Threads = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel="Output", help="Replace what an earlier run wrote there.")
+]
+
+
+def _go_offline(wanted: bool) -> bool:
+    if wanted:  # read by huggingface_hub and transformers when they are imported, so before any of our own code is
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return wanted
+
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline", callback=_go_offline, help="Ask no server: take checkpoints on the Hub from its cache only."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 

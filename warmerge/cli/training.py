@@ -23,7 +23,7 @@ from warmerge.cli.scoring import (
     loading_of,
     measuring_of,
 )
-from warmerge.cli.shared import CKPT, Debug, Json, Overwrite, Threads, bar, errors, numbers, warn
+from warmerge.cli.shared import CKPT, Debug, Json, Offline, Overwrite, Threads, bar, errors, numbers, warn
 from warmerge.cli.tables import print_json, print_probed, print_trained
 from warmerge.errors import UsageError, WarmergeError
 
@@ -166,6 +166,7 @@ def train(
     limit: Limit = None,
     skip_bad_rows: SkipBadRows = False,
     resamples: Resamples = 2000,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -241,6 +242,7 @@ def probe(
     skip_bad_rows: SkipBadRows = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -12,15 +12,15 @@ import torch
 
 from warmerge.errors import Finding
 from warmerge.pipeline.prepare import Prepared, Spec, prepare
-from warmerge.report import model_card
+from warmerge.report.card import CardFacts, model_card
 from warmerge.version import versions
 from warmerge.weights import small_files
 from warmerge.weights.average import choose_device, merge_into, plan_fingerprint, write_merge
 from warmerge.weights.checkpoint import Checkpoint
-from warmerge.weights.folder import LocalFolder, read_bytes
+from warmerge.weights.folder import read_bytes
 from warmerge.weights.output import check_out
 from warmerge.weights.plan import DTYPE_NAMES, MergePlan, choose_threads
-from warmerge.weights.remote import revision_of
+from warmerge.weights.remote.reading import revision_of
 from warmerge.weights.safetensors_format import AVERAGED
 from warmerge.weights.stream import Engine
 
@@ -67,6 +67,7 @@ def average(
         any_model: also merge models without a reward head.
         allow_duplicates: also count one checkpoint twice.
         tokenizer_from: number (from 1) of the checkpoint whose tokenizer to take although they differ.
+        stream: read checkpoints on the Hub by ranged requests, instead of downloading them into its cache first.
         threads, device: how to compute; results do not depend on them (CUDA: within one rounding).
         overwrite: replace `out` if an earlier merge wrote it.
         resume: continue an interrupted merge into `out`.
@@ -173,7 +174,8 @@ def _small_files(prepared: Prepared, manifest: Mapping[str, Any]) -> dict[str, b
             files |= small_files.code_files(source)
     tokenizer = small_files.tokenizer_folder(prepared.tokenizer)
     files |= {name: read_bytes(tokenizer, name) for name in small_files.TOKENIZER_FILES if name in tokenizer.sizes()}
-    return files | {"README.md": model_card(manifest, small_files.architecture(source.config or {})).encode()}
+    facts = CardFacts(architecture=small_files.architecture(source.config or {}))
+    return files | {"README.md": model_card(manifest, facts).encode()}
 
 
 def _main_dtype(plan: MergePlan) -> str | None:
@@ -201,7 +203,7 @@ def _config_json(source: Checkpoint, dtype: str) -> bytes:
     state(config)
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = dtype
-    if isinstance(source.folder, LocalFolder) and "config.json" in source.folder.sizes():
+    if "config.json" in source.folder.sizes():
         original = read_bytes(source.folder, "config.json")
         if json.loads(original) == config:
             return original

@@ -24,6 +24,7 @@ from warmerge.weights.checkpoint import read_json
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST
 from warmerge.weights.plan import MergePlan
+from warmerge.weights.samples import read_sample
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,7 +119,8 @@ def evaluate(
     models = [*with_ensembles(scored), Scored(LENGTH, "baseline", lengths)]
     rows, differences = _compare(bench, models)
     moves = movements(bench, samples, {model.name: model.rewards for model in models}, ensemble_moved(scored, moved))
-    record = results_record("eval 1", command, checkpoints, bench, bench.cuts())
+    fingerprints = {model.name: model.fingerprint for model in scored if model.fingerprint is not None}
+    record = results_record("eval 1", command, checkpoints, fingerprints, bench, bench.cuts())
     notes = [*record["notes"], *_notes(scored), *memorised(bench.sets, rows)]
     found = tuple(dict.fromkeys((*warnings, *doubts)))
     result = Evaluation(tuple(rows), tuple(differences), tuple(moves), tuple(notes), found, record)
@@ -192,7 +194,9 @@ def _score_all(
     def measure(model: RewardModel, name: str, kind: str) -> None:
         begun = time.perf_counter()
         rewards = bench.score(model)
-        scored.append(Scored(name, kind, rewards, time.perf_counter() - begun, model.nbytes))
+        seconds = time.perf_counter() - begun
+        weights = read_sample(model.source).fingerprint if kind in ("member", "merged", "start") else None
+        scored.append(Scored(name, kind, rewards, seconds, model.nbytes, weights))
         if kind in ("member", "average"):
             moved[name] = [bench.score_texts(model, sample.changed) for sample in samples]
 

@@ -118,8 +118,9 @@ def lmc_curve(
         made, verdict = trace(line, subset, mixtures, grid, tolerance)
         rows += made
         verdicts += verdict
+    fingerprints = dict(zip(short_labels(checkpoints), mixtures.prepared.fingerprints, strict=True))
     record = {
-        **results_record("lmc-curve 1", command, checkpoints, bench, mixtures.cuts),
+        **results_record("lmc-curve 1", command, checkpoints, fingerprints, bench, mixtures.cuts),
         "fingerprint": mixtures.fingerprint,
         "intervals": f"{bench.measuring.intervals()}; barrier: simultaneous over the inner points",
         "tolerance": tolerance,

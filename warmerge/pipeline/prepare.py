@@ -46,8 +46,11 @@ def prepare(
     any_model: bool = False,
     allow_duplicates: bool = False,
     tokenizer_from: int | None = None,
+    stream: bool = False,
 ) -> Prepared:
     """Opens, checks and plans; reads headers, small files and 4 KiB of each tensor. Arguments as for `average`.
+
+    What lies on the Hub is then downloaded into its cache, unless `stream`: the plan reads it where it is.
 
     Raises:
         UsageError: an argument that cannot be used.
@@ -65,7 +68,7 @@ def prepare(
     tokenizer = _position("--tokenizer-from", tokenizer_from, len(checkpoints))
     shard_bytes = parse_size(max_shard_size)
 
-    members, base_checkpoint, damaged = _open_all(checkpoints, base)
+    members, base_checkpoint, damaged = _open_all(checkpoints, base, stream)
     if damaged:
         # What can be opened is checked too: the user learns of everything at once.
         more = compat.check(members, any_model=any_model)[0] if members and not selection.partial else []
@@ -90,7 +93,7 @@ def prepare(
         assert base_checkpoint is not None
         refuse_missing_base_tensors(members, base_checkpoint, selection)
     used = [*members, *([base_checkpoint] if chosen.needs_base and base_checkpoint is not None else [])]
-    local = make_local(used)
+    local = used if stream else make_local(used)
     members, base_checkpoint = local[: len(members)], local[len(members)] if chosen.needs_base else None
     samples = [read_sample(checkpoint) for checkpoint in local]
     same = [] if allow_duplicates else same_contents(members, samples[: len(members)])
@@ -111,7 +114,7 @@ def prepare(
 
 
 def _open_all(
-    checkpoints: Sequence[Spec], base: Spec | None
+    checkpoints: Sequence[Spec], base: Spec | None, streamed: bool
 ) -> tuple[list[Checkpoint], Checkpoint | None, list[Finding]]:
     """The checkpoints that can be opened, the base, and why the others cannot."""
     opened: list[Checkpoint] = []
@@ -119,12 +122,12 @@ def _open_all(
     base_checkpoint = None
     for spec in checkpoints:
         try:
-            opened.append(open_checkpoint(spec, base))
+            opened.append(open_checkpoint(spec, base, streamed=streamed))
         except RefusedError as error:
             findings += error.findings
     if base is not None:
         try:
-            base_checkpoint = open_checkpoint(base)
+            base_checkpoint = open_checkpoint(base, streamed=streamed)
         except RefusedError as error:
             findings += error.findings
     return opened, base_checkpoint, findings

@@ -36,7 +36,7 @@ from warmerge.version import versions
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.output import MANIFEST, check_out, sync
-from warmerge.weights.remote import revision_of
+from warmerge.weights.remote.reading import revision_of
 from warmerge.weights.samples import read_sample
 
 if TYPE_CHECKING:

@@ -68,8 +68,9 @@ def accuracy_vs_m(
     mixtures.measure([mixtures.uniform(ranked[:m]) for m in range(1, len(ranked) + 1)])
     labels = short_labels(checkpoints)
     rows = [row for subset in reported for row in _rows(subset, mixtures, ranked, labels, seen.get(subset.name, 0))]
+    fingerprints = dict(zip(short_labels(checkpoints), mixtures.prepared.fingerprints, strict=True))
     record = {
-        **results_record("accuracy-vs-m 1", command, checkpoints, bench, mixtures.cuts),
+        **results_record("accuracy-vs-m 1", command, checkpoints, fingerprints, bench, mixtures.cuts),
         "fingerprint": mixtures.fingerprint,
         "order": order,
         "ranking": [labels[i] for i in ranked],

@@ -171,14 +171,23 @@ def open_bench(data: Sequence[str], measuring: Measuring | None = None) -> Bench
 
 
 def results_record(
-    kind: str, command: Sequence[str], checkpoints: Sequence[str | Path], bench: Bench, cuts: Cuts
+    kind: str,
+    command: Sequence[str],
+    checkpoints: Sequence[str | Path],
+    fingerprints: Mapping[str, str],
+    bench: Bench,
+    cuts: Cuts,
 ) -> dict[str, Any]:
-    """What every results file says of how it came about: `kind` of results, inputs, versions and settings."""
+    """What every results file says of how it came about: `kind` of results, inputs, versions and settings.
+
+    `fingerprints`: a model's name in the rows -> which weights these were.
+    """
     return {
         "format": f"warmerge {kind}",
         "command": list(command),
         "versions": versions(),
         "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
+        "fingerprints": dict(fingerprints),
         "sets": [set_record(subset) for subset in bench.sets],
         "intervals": bench.measuring.intervals(),
         "loading": asdict(bench.measuring.loading),

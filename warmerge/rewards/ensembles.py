@@ -104,13 +104,15 @@ ENSEMBLES = {
 
 @dataclass(frozen=True)
 class Scored:
-    """One line of the table before it is one: rewards (N,) of each scored set, seconds to score, bytes of weights."""
+    """One line of the table before it is one: rewards (N,) of each scored set, seconds to score, bytes of weights, and
+    of a model that was loaded from files the fingerprint of its weights."""
 
     name: str
     kind: str
     rewards: Mapping[str, Array]
     seconds: float | None = None
     weights_bytes: int | None = None
+    fingerprint: str | None = None
 
 
 def with_ensembles(scored: Sequence[Scored]) -> list[Scored]:

@@ -37,7 +37,7 @@ from warmerge.weights.kernels import INTEGER_DTYPE, TORCH_DTYPE
 from warmerge.weights.locate import make_local
 from warmerge.weights.output import MANIFEST
 from warmerge.weights.plan import MergePlan, choose_threads, plan_merge
-from warmerge.weights.remote import revision_of
+from warmerge.weights.remote.reading import revision_of
 from warmerge.weights.rules import RULES, Options
 from warmerge.weights.safetensors_format import AVERAGED, COMPARED
 from warmerge.weights.samples import read_sample

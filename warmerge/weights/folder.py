@@ -1,9 +1,9 @@
-"""Where a checkpoint's bytes come from. A folder here; the Hub's counterpart is in remote.py."""
+"""Where a checkpoint's bytes come from. A folder here; the Hub's counterpart is in remote/."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -22,14 +22,18 @@ class Folder(Protocol):
     def identity(self) -> str:
         """Equal for two folders only when they are the same checkpoint."""
 
+    @property
+    def far(self) -> bool:
+        """Whether each read is a request over a network: worth asking for much, early, and for several at once."""
+
     def sizes(self) -> Mapping[str, int]:
         """File name -> size in bytes."""
 
     def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
         """Fills the whole buffer; RefusedError when the file is shorter or changed since it was first seen."""
 
-    def reader(self) -> Reader:
-        """A reader for one thread."""
+    def reader(self, pause: Callable[[float], object] | None = None) -> Reader:
+        """A reader for one thread. `pause` waits between two tries, and returns something true to give up."""
 
     def refuse_changed(self, files: Iterable[str]) -> None:
         """RefusedError if a file is not what it was when the folder was opened."""
@@ -72,6 +76,10 @@ class LocalFolder:
     def identity(self) -> str:
         return str(self.path)
 
+    @property
+    def far(self) -> bool:
+        return False
+
     def sizes(self) -> Mapping[str, int]:
         return {name: state.size for name, state in self.states.items()}
 
@@ -83,7 +91,7 @@ class LocalFolder:
         finally:
             reader.close()
 
-    def reader(self) -> LocalReader:
+    def reader(self, pause: Callable[[float], object] | None = None) -> LocalReader:
         return LocalReader(self)
 
     def refuse_changed(self, files: Iterable[str]) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
 import torch
 
 from warmerge.weights.checkpoint import LowRank, Stored, Tensor
-from warmerge.weights.folder import Reader
+from warmerge.weights.folder import Folder, Reader
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGER_DTYPE = {
@@ -34,10 +34,15 @@ class Workspace:
     """One thread's buffers, reused for every tile.
 
     On CUDA the host buffers are pinned and there are two of them: the next member is read from disk while the
-    last one is still on its way to the GPU.
+    last one is still on its way to the GPU. `open_reader` makes this thread's reader of a folder.
     """
 
-    def __init__(self, device: torch.device, elements: int = TILE) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        elements: int = TILE,
+        open_reader: Callable[[Folder], Reader] = lambda folder: folder.reader(),
+    ) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.cuda else None  # type: ignore[no-untyped-call]
@@ -52,6 +57,7 @@ class Workspace:
         self.single = torch.empty(elements, dtype=torch.float32, device=device)
         self.bits = torch.empty(elements, dtype=torch.int32, device=device)
         self.flags = torch.empty(2, elements, dtype=torch.bool, device=device)
+        self._open_reader = open_reader
         self._readers: dict[str, Reader] = {}
         self._factors: tuple[LowRank, torch.Tensor, torch.Tensor] | None = None
 
@@ -75,7 +81,7 @@ class Workspace:
         raw = self._raw[self._turn][: (stop - start) * width]
         reader = self._readers.get(tensor.folder.identity)
         if reader is None:
-            reader = self._readers[tensor.folder.identity] = tensor.folder.reader()
+            reader = self._readers[tensor.folder.identity] = self._open_reader(tensor.folder)
         reader.readinto(tensor.file, tensor.offset + start * width, memory(raw))
         if self._on_device is None:
             return raw.view(TORCH_DTYPE[tensor.dtype])

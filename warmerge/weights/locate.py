@@ -1,4 +1,4 @@
-"""From what a user types to a checkpoint: a folder, a single file, a Hub id, or a LoRA adapter with its base."""
+"""From what a user types to a checkpoint: a folder, a file, a Hub id, a store's address, an adapter with its base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
-from warmerge.weights import adapter, remote
+from warmerge.weights import adapter
 from warmerge.weights.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -19,25 +19,27 @@ from warmerge.weights.checkpoint import (
     refuse_lone_shard,
 )
 from warmerge.weights.folder import Folder, open_folder
+from warmerge.weights.remote import reading, stores
 from warmerge.weights.small_files import OTHER_FILES, TOKENIZER_FILES
 
 
-def open_checkpoint(spec: str | Path, base: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(spec: str | Path, base: str | Path | None = None, *, streamed: bool = False) -> Checkpoint:
     """The checkpoint that `spec` names, from its headers alone.
 
     Args:
-        spec: a folder, a .safetensors file, or a Hub id (`org/name`, `org/name@revision`, `hf://org/name`).
-            A local folder wins over a Hub id of the same name.
+        spec: a folder, a .safetensors file, a Hub id (`org/name`, `org/name@revision`, `hf://org/name`), or a folder
+            in an object store (`s3://bucket/name`). A local folder wins over a Hub id of the same name.
         base: for a LoRA adapter, the checkpoint that it adapts; without it the one that its config names.
+        streamed: of what lies on the Hub, nothing is to be put in its cache.
 
     Raises:
-        UsageError: there is no such file, folder or Hub id.
+        UsageError: there is no such file, folder, Hub id or address in a store.
         RefusedError: the checkpoint is damaged or of a kind that cannot be merged.
     """
     label, path = str(spec), Path(spec)
     if path.is_file():
         return _single_file(path, label)
-    folder: Folder = open_folder(path, label) if path.is_dir() else remote.open_hub(label)
+    folder = open_folder(path, label) if path.is_dir() else _remote_folder(label, streamed)
     if ADAPTER_CONFIG not in folder.sizes() and ADAPTER_WEIGHTS not in folder.sizes():
         return read_checkpoint(folder)
     full = [name for name in folder.sizes() if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS]
@@ -49,14 +51,24 @@ def open_checkpoint(spec: str | Path, base: str | Path | None = None) -> Checkpo
         raise UsageError(f"{label} is a LoRA adapter that does not name its base; give it with --base")
     if Path(named).is_dir() and Path(named).resolve() == path.resolve():
         raise UsageError(f"{label} is a LoRA adapter; --base must be the model that it adapts")
-    full_base = open_checkpoint(named)
+    full_base = open_checkpoint(named, streamed=streamed)
     return replace(adapter.read_adapter(folder, full_base), fallback=full_base.folder)
 
 
-def make_local(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+def _remote_folder(label: str, streamed: bool) -> Folder:
+    return stores.open_store(label) if stores.is_store(label) else reading.open_hub(label, streamed=streamed)
+
+
+def make_local(checkpoints: Sequence[Checkpoint], *, leave_stores: bool = False) -> list[Checkpoint]:
     """The same checkpoints with every needed file on this machine: what lies on the Hub is downloaded, cached.
 
     Only weight files that hold one of the tensors and the small files beside them are fetched.
+
+    Args:
+        leave_stores: what lies in an object store stays there, to be read piece by piece.
+
+    Raises:
+        UsageError: a checkpoint lies in an object store, and may not stay there.
     """
     needed: dict[str, tuple[Folder, set[str]]] = {}
     for checkpoint in checkpoints:
@@ -64,7 +76,11 @@ def make_local(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         small = [(folder, file) for folder in folders for file in _small_files(folder)]
         for folder, file in (*checkpoint.weight_files, *small):
             needed.setdefault(folder.identity, (folder, set()))[1].add(file)
-    local = {identity: remote.download(folder, sorted(files)) for identity, (folder, files) in needed.items()}
+    for folder, _ in needed.values():
+        if isinstance(folder, stores.StoreFolder) and not leave_stores:
+            what = "can be averaged and inspected where it is; copy it here first to load it"
+            raise UsageError(f"{plain(folder.label)} {what} (aws s3 cp --recursive, gsutil cp -r)")
+    local = {identity: reading.download(folder, sorted(files)) for identity, (folder, files) in needed.items()}
     return [_moved(checkpoint, local) for checkpoint in checkpoints]
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from warmerge.errors import Finding, plain
-from warmerge.weights.checkpoint import Checkpoint
+from warmerge.weights.checkpoint import Checkpoint, Stored, Tensor
 from warmerge.weights.compat import is_head
 from warmerge.weights.folder import read_bytes
-from warmerge.weights.kernels import TORCH_DTYPE, load
+from warmerge.weights.kernels import TORCH_DTYPE
+from warmerge.weights.remote.read_ahead import Piece, read_pieces
 from warmerge.weights.safetensors_format import AVERAGED, BITS
 
 SAMPLE_BYTES = 4096
@@ -38,22 +39,42 @@ class Sample:
 
 
 def read_sample(checkpoint: Checkpoint) -> Sample:
-    """Reads some 4 KiB of each tensor (of an adapter's factors too)."""
+    """Reads some 4 KiB of each tensor (of an adapter's factors too), and heads whole."""
     digest, body, heads = hashlib.sha256(), [], {}
-    for name in sorted(checkpoint.tensors):
-        tensor = checkpoint.tensors[name]
+    tensors = sorted(checkpoint.tensors.items())
+    pieces = [piece for name, tensor in tensors for piece in (*map(_middle, tensor.parts), *_whole(name, tensor))]
+    read = iter(read_pieces(pieces))
+    for name, tensor in tensors:
         for part in tensor.parts:
-            count = min(part.numel, SAMPLE_BYTES * 8 // BITS[part.dtype])
-            width = part.nbytes // max(part.numel, 1)
-            start = (part.numel - count) // 2
-            data = read_bytes(part.folder, part.file, part.offset + start * width, count * width)
+            data = next(read)
             digest.update(f"{name}\0{part.dtype}\0{part.shape}\0".encode(errors="surrogatepass") + data)
-            if part is tensor.parts[0] and part.dtype in AVERAGED and data:
-                body.append(torch.frombuffer(bytearray(data), dtype=TORCH_DTYPE[part.dtype]).double())
-        if is_head(name) and len(tensor.parts) == 1 and tensor.dtype in AVERAGED:
-            heads[name] = load(tensor.parts[0]).double().flatten()
+            if part is tensor.parts[0] and part.dtype in AVERAGED:
+                body.append(_values(data, part))
+        for _ in _whole(name, tensor):
+            heads[name] = _values(next(read), tensor.parts[0])
             digest.update(heads[name].numpy().tobytes())
     return Sample(digest.hexdigest(), torch.cat(body) if body else torch.zeros(0, dtype=torch.float64), heads)
+
+
+def _values(data: bytes, part: Stored) -> torch.Tensor:
+    """(n,) float64."""
+    if not data:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPE[part.dtype]).double()
+
+
+def _middle(part: Stored) -> Piece:
+    count = min(part.numel, SAMPLE_BYTES * 8 // BITS[part.dtype])
+    width = part.nbytes // max(part.numel, 1)
+    return Piece(part.folder, part.file, part.offset + (part.numel - count) // 2 * width, count * width)
+
+
+def _whole(name: str, tensor: Tensor) -> list[Piece]:
+    """All of a head; nothing of other tensors."""
+    if not is_head(name) or len(tensor.parts) > 1 or tensor.dtype not in AVERAGED:
+        return []
+    (part,) = tensor.parts
+    return [Piece(part.folder, part.file, part.offset, part.nbytes)]
 
 
 def doubts(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:

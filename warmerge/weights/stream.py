@@ -13,10 +13,11 @@ from itertools import chain
 import torch
 
 from warmerge.errors import Finding, RefusedError, plain
-from warmerge.weights.checkpoint import Checkpoint, Tensor
+from warmerge.weights.checkpoint import Checkpoint, Stored, Tensor
 from warmerge.weights.folder import read_bytes
 from warmerge.weights.kernels import TILE, TORCH_DTYPE, Workspace, finite, gram, one_thread_per_kernel, weighted_sum
 from warmerge.weights.plan import DTYPE_NAMES, MergePlan, TensorPlan
+from warmerge.weights.remote.read_ahead import ReadAhead
 from warmerge.weights.rules import Coefficients
 
 Tile = tuple[TensorPlan, int, int]
@@ -34,15 +35,22 @@ class Engine:
     progress: Progress = lambda nbytes: None
     bad: dict[tuple[str, str], Finding] = field(default_factory=dict)
 
-    def run(self, items: Iterable[Tile], work: Callable[[Tile, Workspace], None], tile: int) -> None:
+    def run(
+        self,
+        items: Iterable[Tile],
+        work: Callable[[Tile, Workspace], None],
+        tile: int,
+        parts: Iterable[Stored] = (),
+    ) -> None:
         """Calls work(item, workspace) for every item, in order of starting, on all threads.
 
-        The first exception stops the others and is raised here; so is Ctrl-C.
+        The first exception stops the others and is raised here; so is Ctrl-C. `parts` is what the work will read, in
+        order: those that are far away are asked for ahead.
         """
-        lock, stop, iterator = threading.Lock(), threading.Event(), iter(items)
+        lock, stop, iterator, ahead = threading.Lock(), threading.Event(), iter(items), ReadAhead(parts)
 
         def worker() -> None:
-            workspace = Workspace(self.device, tile)
+            workspace = Workspace(self.device, tile, ahead.reader)
             with contextlib.closing(workspace), workspace.active(), torch.inference_mode():
                 while not stop.is_set():
                     with lock:
@@ -57,6 +65,7 @@ class Engine:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 stop.set()
+                ahead.close()
             for future in done:
                 future.result()
 
@@ -77,7 +86,8 @@ class Engine:
                 sink(tensor, start, tile)
             self.progress(tensor.input_bytes * (stop - start) // tensor.numel)
 
-        self.run(_tiles(tensors, self.tile), work, self.tile)
+        averaged = [tensor for tensor in tensors if tensor.averaged]
+        self.run(_tiles(tensors, self.tile), work, self.tile, _read_by_tiles(averaged))
 
     def grams(self, tensors: Sequence[TensorPlan]) -> dict[str, list[list[float]]]:
         """The Gram matrix (M, M) of each tensor's task vectors, summed exactly over fixed tiles.
@@ -91,7 +101,7 @@ class Engine:
             parts[tensor.name][start] = gram(tensor.members, tensor.base, start, stop, workspace)
             self.progress(tensor.input_bytes * (stop - start) // tensor.numel)
 
-        self.run(_tiles(tensors, TILE), work, TILE)
+        self.run(_tiles(tensors, TILE), work, TILE, _read_by_tiles(tensors))
         return {tensor.name: _summed(parts[tensor.name].values(), len(tensor.members)) for tensor in tensors}
 
     def refuse_bad(self) -> None:
@@ -182,6 +192,11 @@ def _tiles(tensors: Iterable[TensorPlan], size: int) -> Iterator[Tile]:
     for tensor in tensors:
         for start in range(0, tensor.numel, size):
             yield tensor, start, min(start + size, tensor.numel)
+
+
+def _read_by_tiles(tensors: Iterable[TensorPlan]) -> Iterator[Stored]:
+    """What is read of these tensors tile by tile: of a LoRA tensor the weight; its factors are read at once."""
+    return (member.parts[0] for tensor in tensors for member in tensor.inputs)
 
 
 def _raw_tile(tensor: Tensor, start: int, stop: int) -> torch.Tensor:

@@ -1,0 +1,57 @@
+"""Under which licence the members are: what may be said of an average of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from warmerge.errors import RemoteError, UsageError
+from warmerge.weights.remote.pushing import LICENSE_FIELDS, license_of
+
+
+def licence_of_members(manifest: Mapping[str, Any] | None, folder: Path) -> tuple[dict[str, str], str]:
+    """The licence that all members state (fields of a model card; {} where they do not agree), and how it was found.
+
+    Args:
+        manifest: warmerge.json of the model; without it the licence is looked for in the folder's own README.md.
+        folder: the model's.
+    """
+    members = [entry for entry in (manifest or {}).get("inputs", []) if entry["role"] == "member"]
+    if not members:
+        own = stated(folder / "README.md")
+        return own, "as README.md says" if own else "README.md states none"
+    try:
+        found = {f"member {number}": _of_member(entry) for number, entry in enumerate(members, start=1)}
+    except (RemoteError, UsageError) as error:  # a member that was there when it was merged, and is not now
+        return {}, str(error)
+    first = next(iter(found.values()))
+    if first and all(other == first for other in found.values()):
+        return first, "that of all members"
+    return {}, ", ".join(f"{name}: {fields.get('license', 'none stated')}" for name, fields in found.items())
+
+
+def stated(readme: Path) -> dict[str, str]:
+    """The licence fields in a README.md's front matter; {} where there are none."""
+    import yaml
+
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
+    parts = text.split("---\n", 2)
+    if parts[0].strip() or len(parts) < 3:
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    return {key: str(front[key]) for key in LICENSE_FIELDS if front.get(key)}
+
+
+def _of_member(entry: Mapping[str, Any]) -> dict[str, str]:
+    if "repo" in entry:
+        return license_of(entry["repo"], entry["revision"])
+    return stated(Path(entry["checkpoint"]) / "README.md")
