@@ -228,8 +228,9 @@ ERRORS = [
     (Fault(status=429), None, "too many requests; try again later, and log in"),
     (Fault(status=429, headers={"Retry-After": "600"}), SECRET, "too many requests; try again in 600 s"),
     (Fault(status=503), None, "the Hub answered with status 503; try again later"),
+    (Fault(status=404), None, "HUB does not answer as the Hub does (status 404); check HF_ENDPOINT and the proxy"),
     (Fault(status=418), None, "the Hub answered with status 418; try again later"),
-    (Fault("hangup"), None, "HUB cannot be reached (RemoteProtocolError); check the name and the network, or set"),
+    (Fault("hangup"), None, "HUB cannot be reached (RemoteProtocolError); check the name and the network, or add"),
 ]
 
 
@@ -255,7 +256,7 @@ def test_what_is_said_when_it_goes_wrong(
     with pytest.raises(UsageError if "no such model" in text else RemoteError) as error:
         steps.get(step, lambda: read_bytes(folder, step))()
     if step != "open":  # then it is known that the name and the revision are right
-        text = text.replace("check the name and the network, or set", "check the network and run the command again")
+        text = text.replace("check the name and the network, or add", "check the network and run the command again")
         if "has no revision" in text:
             text = f"me/a changed while it was read: its commit {folder.revision[:12]} is no longer there; run"
     assert text.replace("HUB", hub.url) in str(error.value)

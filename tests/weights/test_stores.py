@@ -300,6 +300,14 @@ class NoCredentialsError(Exception):
     [
         (PermissionError("Access Denied."), r"cannot be read: Access Denied; your credentials must allow to list and"),
         (
+            OSError("Forbidden: u/rm\nme@x has no access"),
+            r"cannot be read: Forbidden: u/rm; your credentials must allow",
+        ),
+        (
+            ValueError("Must provide credentials!!"),
+            r"cannot be read without credentials \(Must provide credentials\); log",
+        ),
+        (
             NoCredentialsError("Unable"),
             r"cannot be read without credentials \(Unable\); log in as the store's own tool",
         ),
@@ -366,7 +374,7 @@ def test_an_s3_server_that_is_not_there_is_said_soon(s3: Store, monkeypatch: pyt
     begun = time.monotonic()
     with pytest.raises(RemoteError, match=r'^s3://bucket/rm cannot be read: Could not connect to .*:9/bucket"; check'):
         open_store("s3://bucket/rm")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 10
 
 
 def test_s3_without_credentials(s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from warmerge.cli.publishing import Yes, described, refuse_unasked, sent
 from warmerge.cli.shared import (
     AnyModel,
     Base,
-    Checkpoints,
     Debug,
     Json,
     Offline,
+    Streamable,
     Threads,
     bar,
     errors,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def average(
-    checkpoints: Checkpoints,
+    checkpoints: Streamable,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", rich_help_panel="Output", help="New folder for the merged checkpoint.")
     ] = None,
@@ -240,7 +240,7 @@ def _select(
 
 
 def inspect(
-    checkpoints: Checkpoints,
+    checkpoints: Streamable,
     distances: Annotated[
         bool, typer.Option("--distances", help="Stream every weight: norms, distances, angles, layer by layer.")
     ] = False,

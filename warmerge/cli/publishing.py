@@ -87,7 +87,7 @@ def push(
         }  # fmt: skip
         ready = described(folder, repo, licence, asking=not (yes or dry_run), **choices)
         if dry_run:
-            dry = pipeline.Pushed("", None, ready.proposal)
+            dry = pipeline.Pushed(ready.target.url, None, ready.proposal)
             typer.echo(json.dumps(dry.as_json(), indent=2) if as_json else ready.proposal.card)
             return
         pushed = sent(ready, yes)
@@ -110,8 +110,9 @@ def sent(ready: Ready, yes: bool) -> Pushed:
     """Sends it when the user agrees, or has agreed; ends with exit code 1 when not."""
     from warmerge.pipeline.push import send
 
-    if not yes and not ready.proposal.nothing:
-        typer.confirm(f"Send {_bytes(ready.proposal.nbytes)}?", abort=True, err=True)
+    agreed = yes or ready.proposal.nothing
+    if not agreed and _answer(f"Send {_bytes(ready.proposal.nbytes)}? [y/N]: ").lower() not in ("y", "yes"):
+        raise typer.Abort
     return send(ready)
 
 
@@ -123,13 +124,16 @@ def refuse_unasked(yes: bool) -> None:
 
 def _ask_licence(folder: Path) -> str | None:
     """The licence, asked for where the members do not state one."""
-    from warmerge.pipeline.push import find_licence
+    from warmerge.pipeline.push import unknown_licence
 
-    fields, words = find_licence(folder)
-    if fields:
-        return None
-    question = f"Licence, such as apache-2.0 ({words}; empty: state none)"
-    return typer.prompt(question, default="", show_default=False, err=True).strip() or None
+    words = unknown_licence(folder)
+    return None if words is None else _answer(f"Licence, such as apache-2.0 ({words}; empty: state none): ") or None
+
+
+def _answer(question: str) -> str:
+    """What the user types. The question goes to stderr as a whole, which typer's own does not: stdout is the result."""
+    typer.echo(question, nl=False, err=True)
+    return sys.stdin.readline().strip()
 
 
 def _show(proposal: Proposal) -> None:
@@ -154,4 +158,7 @@ def _show(proposal: Proposal) -> None:
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"

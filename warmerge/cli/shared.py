@@ -12,9 +12,14 @@ import typer
 
 from warmerge.errors import Finding, UsageError, WarmergeError, plain
 
-CKPT = "a folder, a .safetensors file, a LoRA adapter folder, or a Hub id (org/name, org/name@revision)"
+_LOCAL, _HUB = "a folder, a .safetensors file, a LoRA adapter folder", "a Hub id (org/name, org/name@revision)"
+CKPT = f"{_LOCAL}, or {_HUB}"
 
 Checkpoints = Annotated[list[str], typer.Argument(metavar="CKPT", help=f"Checkpoints: {CKPT}.", show_default=False)]
+Streamable = Annotated[
+    list[str],
+    typer.Argument(metavar="CKPT", help=f"Checkpoints: {_LOCAL}, {_HUB}, or s3://bucket/folder.", show_default=False),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -42,9 +47,7 @@ def _go_offline(wanted: bool) -> bool:
 
 Offline = Annotated[
     bool,
-    typer.Option(
-        "--offline", callback=_go_offline, help="Ask no server: take checkpoints on the Hub from its cache only."
-    ),
+    typer.Option("--offline", callback=_go_offline, help="Ask the Hub nothing: take checkpoints from its cache only."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 

@@ -119,7 +119,8 @@ def _distances(
     from warmerge.weights.distances import measure_distances
     from warmerge.weights.samples import doubts, read_sample, same_contents
 
-    local = make_local([*opened, *([] if base is None else [open_checkpoint(base)])])
+    inputs = [*opened, *([] if base is None else [open_checkpoint(base)])]
+    local = make_local(inputs, leave_stores=True)
     members, base_checkpoint = local[: len(opened)], local[len(opened)] if base is not None else None
     if on_bytes is not None:
         on_bytes(sum(checkpoint.nbytes for checkpoint in local))

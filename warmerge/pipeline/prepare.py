@@ -50,7 +50,8 @@ def prepare(
 ) -> Prepared:
     """Opens, checks and plans; reads headers, small files and 4 KiB of each tensor. Arguments as for `average`.
 
-    What lies on the Hub is then downloaded into its cache, unless `stream`: the plan reads it where it is.
+    What lies on the Hub is then downloaded into its cache, unless `stream`: the plan reads it where it is, as it does
+    what lies in an object store.
 
     Raises:
         UsageError: an argument that cannot be used.
@@ -93,7 +94,7 @@ def prepare(
         assert base_checkpoint is not None
         refuse_missing_base_tensors(members, base_checkpoint, selection)
     used = [*members, *([base_checkpoint] if chosen.needs_base and base_checkpoint is not None else [])]
-    local = used if stream else make_local(used)
+    local = used if stream else make_local(used, leave_stores=True)
     members, base_checkpoint = local[: len(members)], local[len(members)] if chosen.needs_base else None
     samples = [read_sample(checkpoint) for checkpoint in local]
     same = [] if allow_duplicates else same_contents(members, samples[: len(members)])

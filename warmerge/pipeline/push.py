@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain
-from warmerge.pipeline.publication.contents import (
-    CARD,
-    CURVE_FIGURE,
-    EVAL_FIGURE,
-    left_out,
-    model_files,
-    stale,
-)
-from warmerge.pipeline.publication.example import fits_in_memory, run_example
+from warmerge.pipeline.publication.contents import CARD, left_out, model_files, stale
 from warmerge.pipeline.publication.licence import licence_of_members
-from warmerge.pipeline.publication.measured import Measured, read_measured
-from warmerge.report.card import CARD_MARK, CardFacts, model_card
-from warmerge.report.card_figures import curve_picture, eval_picture
+from warmerge.pipeline.publication.measured import read_measured
+from warmerge.pipeline.publication.readme import OWN, own_card, pictures, refuse_for_own_card, written_card
+from warmerge.report.card import CardFacts
 from warmerge.rewards.config import effective_config
 from warmerge.version import versions
 from warmerge.weights import compat, small_files
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
-from warmerge.weights.folder import LocalFolder, read_bytes
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST
 from warmerge.weights.plan import DTYPE_NAMES, choose_threads, plan_merge
-from warmerge.weights.remote.pushing import Change, Target, change, commit, full_name, look, page
+from warmerge.weights.remote.pushing import Change, Target, change, commit, full_name, look
+from warmerge.weights.remote.reading import is_branch
 from warmerge.weights.rules import RULES, Options
 from warmerge.weights.samples import read_sample
 from warmerge.weights.stream import Engine, coefficients_of
@@ -57,6 +49,7 @@ class Proposal:
     licence_source: str
     card: str
     warnings: tuple[Finding, ...]
+    new_branch: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +59,7 @@ class Proposal:
     @property
     def nothing(self) -> bool:
         """Whether the repository is already as it would be."""
-        return self.exists and len(self.unchanged) == len(self.files) and not self.deleted
+        return self.exists and not self.new_branch and len(self.unchanged) == len(self.files) and not self.deleted
 
 
 @dataclass(frozen=True)
@@ -122,11 +115,7 @@ def push(
         True
     """
     ready = propose(folder, repo, **choices)
-    return (
-        send(ready)
-        if confirm(ready.proposal) and not dry_run
-        else Pushed(page(ready.target.repo), None, ready.proposal)
-    )
+    return send(ready) if confirm(ready.proposal) and not dry_run else Pushed(ready.target.url, None, ready.proposal)
 
 
 def propose(
@@ -158,32 +147,36 @@ def propose(
         base_model: Hub ids of what local members were fine-tuned from.
         run_lines: False leaves out loading the model and running the card's lines.
         any_model: also push what has no reward head.
-        on_bytes, progress: called with the bytes of all weights, and with those of each part that was looked through.
+        on_bytes, progress: called with the bytes to look through, and with those of each part that was.
     """
+    if revision is not None and not is_branch(revision):
+        raise UsageError(f"--revision: expected the name of a branch, found {revision!r}; --create-pr opens a request")
     if create_pr and revision is not None:
         raise UsageError("--create-pr asks to change the main branch; leave out --revision")
     target = look(full_name(repo), revision, private)
     checkpoint, warnings = _checked(Path(folder), any_model)
-    (on_bytes or (lambda count: None))(checkpoint.nbytes)
-    _refuse_not_finite(checkpoint, Engine(choose_threads(threads), progress=progress or (lambda count: None)))
+    progress = progress or (lambda count: None)
+    (on_bytes or (lambda count: None))(2 * checkpoint.nbytes)  # once for every value, once for the files' digests
+    _refuse_not_finite(checkpoint, Engine(choose_threads(threads), progress=progress))
     merge = _merge_record(checkpoint)
     fingerprint = read_sample(checkpoint).fingerprint
     measured = read_measured(results, fingerprint, merge)
-    fields, source = ({"license": licence}, "as given") if licence else licence_of_members(merge, Path(folder))
+    own = own_card(checkpoint)
+    if own is not None:
+        refuse_for_own_card({"--license": licence, "--results": results, "--base-model": base_model})
+    fields, source = _licence(licence, merge, Path(folder), own is not None)
     facts = CardFacts(
         repo=target.repo, revision=revision, license=fields, base_model=tuple(base_model), fingerprint=fingerprint,
         parameters=checkpoint.parameters, head=compat.head_shape(checkpoint), dtype=_dtypes(checkpoint),
-        architecture=small_files.architecture(checkpoint.config or {}), evaluation=measured.evaluation,
-        evaluated_as=measured.evaluated_as, curve=measured.curve, member_names=measured.member_names,
+        architecture=small_files.architecture(checkpoint.config or {}),
     )  # fmt: skip
-    files = model_files(checkpoint) | _figures(measured)
-    card, said = _card(checkpoint, merge, facts, files, run_lines)
-    files[CARD] = card.encode(errors="backslashreplace")
-    changes = change(target, files, stale(target.digests, files))
+    card, said = written_card(checkpoint, merge, facts, measured, run_lines) if own is None else (own, [OWN])
+    files = {**model_files(checkpoint), **pictures(measured), CARD: card.encode(errors="backslashreplace")}
+    changes = change(target, files, stale(target.digests, files), progress)
     proposal = Proposal(
         target.repo, revision, target.exists, target.private, create_pr, message or _message(merge),
         {name: _size(content) for name, content in files.items()}, changes.unchanged, changes.deletions,
-        left_out(checkpoint, files), fields, source, card, (*warnings, *said),
+        left_out(checkpoint, files), fields, source, card, (*warnings, *said), target.new_branch,
     )  # fmt: skip
     return Ready(proposal, target, changes)
 
@@ -192,7 +185,7 @@ def send(ready: Ready) -> Pushed:
     """Makes the commit; none where there is nothing to change."""
     proposal, target = ready.proposal, ready.target
     if proposal.nothing:
-        return Pushed(page(target.repo), target.head, proposal)
+        return Pushed(target.url, target.head, proposal)
     published = commit(target, ready.changes, proposal.message, proposal.create_pr)
     return Pushed(published.url, published.commit, proposal)
 
@@ -226,55 +219,34 @@ def check_target(repo: str) -> None:
     look(full_name(repo), None, None)
 
 
-def find_licence(folder: str | Path) -> tuple[dict[str, str], str]:
-    """The licence that all members of a merge state, or {}, and in words where it comes from."""
+def unknown_licence(folder: str | Path) -> str | None:
+    """In words, why no licence is known; None where the members of a merge agree, or the user wrote the card."""
     checkpoint, _ = _checked(Path(folder), any_model=True)
-    return licence_of_members(_merge_record(checkpoint), Path(folder))
+    if own_card(checkpoint) is not None:
+        return None
+    fields, words = licence_of_members(_merge_record(checkpoint), Path(folder))
+    return None if fields else words
 
 
 def _merge_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """warmerge.json of a merge; None for a model that is none."""
     manifest = read_json(checkpoint.folder, MANIFEST)
-    return manifest if manifest is not None and "rule" in manifest else None
+    if manifest is None or "rule" not in manifest:
+        return None
+    rule, inputs = manifest["rule"], manifest.get("inputs")
+    known = isinstance(rule, dict) and {"name", "formula", "source"} <= rule.keys() and "copied_tensors" in manifest
+    entries = inputs if isinstance(inputs, list) and inputs else [None]
+    if not known or not all(isinstance(entry, dict) and {"role", "fingerprint"} <= entry.keys() for entry in entries):
+        raise UsageError(f"{plain(checkpoint.label)}/{MANIFEST} is not what a merge writes; merge again, or delete it")
+    return manifest
 
 
-def _card(
-    checkpoint: Checkpoint, manifest: Mapping[str, Any] | None, facts: CardFacts, files: Mapping[str, Any], run: bool
-) -> tuple[str, list[Finding]]:
-    """README.md: the user's own if there is one, else ours, with the lines that were run; and what is to be said."""
-    assert isinstance(checkpoint.folder, LocalFolder)
-    if CARD in checkpoint.folder.sizes():
-        own = read_bytes(checkpoint.folder, CARD).decode(errors="replace")
-        if CARD_MARK not in own:
-            return own, [Finding(CARD, "is your own and is sent as it is; delete it to get a card by warmerge")]
-    pictures = {"eval": EVAL_FIGURE, "curve": CURVE_FIGURE}
-    facts = replace(facts, figures={kind: name for kind, name in pictures.items() if name in files})
-    why = _why_not_run(checkpoint, facts, run)
-    if why:
-        return model_card(manifest, facts), [Finding(CARD, f"its lines that load and score were not run: {why}")]
-    texts, example = run_example(checkpoint, checkpoint.folder.path, str(facts.repo), facts.revision)
-    facts = replace(facts, texts=texts.rule, ends_in_eos=texts.ends_in_eos, example=example)
-    return model_card(manifest, facts), []
-
-
-def _why_not_run(checkpoint: Checkpoint, facts: CardFacts, run: bool) -> str:
-    if not run:
-        return "--no-run"
-    if (checkpoint.config or {}).get("auto_map"):
-        return "the model brings its own code"
-    if not facts.architecture.endswith("ForSequenceClassification"):
-        return f"{facts.architecture or 'the model'} is not loaded by AutoModelForSequenceClassification"
-    return "" if fits_in_memory(checkpoint) else "the model does not fit into this machine's memory in float32"
-
-
-def _figures(measured: Measured) -> dict[str, Path | bytes]:
-    """The figures of the results, drawn anew: names of local folders do not stand in them."""
-    files: dict[str, Path | bytes] = {}
-    if measured.evaluation is not None:
-        files[EVAL_FIGURE] = eval_picture(measured.evaluation, measured.evaluated_as, measured.member_names)
-    if measured.curve is not None:
-        files[CURVE_FIGURE] = curve_picture(measured.curve, measured.member_names)
-    return files
+def _licence(
+    given: str | None, merge: Mapping[str, Any] | None, folder: Path, own_card: bool
+) -> tuple[dict[str, str], str]:
+    if given:
+        return {"license": given}, "as given"
+    return licence_of_members(None if own_card else merge, folder)
 
 
 def _message(manifest: Mapping[str, Any] | None) -> str:

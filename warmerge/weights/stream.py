@@ -14,7 +14,7 @@ import torch
 
 from warmerge.errors import Finding, RefusedError, plain
 from warmerge.weights.checkpoint import Checkpoint, Stored, Tensor
-from warmerge.weights.folder import read_bytes
+from warmerge.weights.folder import Folder, read_bytes
 from warmerge.weights.kernels import TILE, TORCH_DTYPE, Workspace, finite, gram, one_thread_per_kernel, weighted_sum
 from warmerge.weights.plan import DTYPE_NAMES, MergePlan, TensorPlan
 from warmerge.weights.remote.read_ahead import ReadAhead
@@ -160,9 +160,11 @@ def refuse_nonfinite(tensors: Sequence[TensorPlan], engine: Engine) -> None:
 
 def refuse_changed(checkpoints: Iterable[Checkpoint]) -> None:
     """Raises RefusedError if an input file is not what it was when it was opened: ask after reading it."""
-    for checkpoint in checkpoints:
-        for folder, file in checkpoint.weight_files:
-            folder.refuse_changed([file])
+    folders: dict[str, tuple[Folder, set[str]]] = {}
+    for folder, file in (pair for checkpoint in checkpoints for pair in checkpoint.weight_files):
+        folders.setdefault(folder.identity, (folder, set()))[1].add(file)
+    for folder, files in folders.values():
+        folder.refuse_changed(sorted(files))
 
 
 def refuse_unequal_integers(plan: MergePlan) -> None:

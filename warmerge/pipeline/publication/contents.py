@@ -16,8 +16,7 @@ from warmerge.weights.output import MANIFEST
 CARD = "README.md"
 EVAL_FIGURE, CURVE_FIGURE = "eval.png", "lmc.png"
 # What libraries note of where they loaded something from.
-_ORIGINS = ("_name_or_path", "name_or_path", "tokenizer_file")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_ORIGINS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf)(\.index\.json)?$")
 _KNOWN = frozenset(
     {
@@ -66,21 +65,29 @@ def stale(names: Iterable[str], sent: Iterable[str]) -> tuple[str, ...]:
 
 
 def without_origin(data: bytes) -> bytes:
-    """A JSON file without the local paths that libraries note in it; to the byte as it was where there is none.
+    """A JSON file without what libraries note in it of where they read something, which decides nothing.
+
+    To the byte as it was where there is no such note. All are left out: `runs/1` may be a path or a Hub id.
 
     >>> without_origin(b'{"_name_or_path": "/home/me/run 7", "hidden_size": 8}')
     b'{\\n  "hidden_size": 8\\n}\\n'
-    >>> without_origin(b'{"_name_or_path": "org/name"}')
-    b'{"_name_or_path": "org/name"}'
+    >>> without_origin(b'{"hidden_size":8}')
+    b'{"hidden_size":8}'
     """
     content = parse_json(data)
-    if not isinstance(content, dict):
+    kept = _without_origins(content)
+    if kept == content:
         return data
-    paths = [key for key in _ORIGINS if isinstance(content.get(key), str) and not _HUB_ID.fullmatch(content[key])]
-    if not any(content[key] for key in paths):
-        return data
-    kept = {key: value for key, value in content.items() if key not in paths}
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
+
+
+def _without_origins(content: Any) -> Any:
+    """Also of the parts of a config: of its text model, of a vision tower."""
+    if isinstance(content, list):
+        return [_without_origins(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    return {key: _without_origins(value) for key, value in content.items() if key not in _ORIGINS or not value}
 
 
 def public_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:

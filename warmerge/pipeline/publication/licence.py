@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import RemoteError, UsageError
+from warmerge.errors import RemoteError, UsageError, WarmergeError
+from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.remote.pushing import LICENSE_FIELDS, license_of
+from warmerge.weights.samples import read_sample
 
 
 def licence_of_members(manifest: Mapping[str, Any] | None, folder: Path) -> tuple[dict[str, str], str]:
@@ -48,10 +50,19 @@ def stated(readme: Path) -> dict[str, str]:
         return {}
     if not isinstance(front, dict):
         return {}
-    return {key: str(front[key]) for key in LICENSE_FIELDS if front.get(key)}
+    found = {key: front.get(key) for key in LICENSE_FIELDS}
+    return {key: value for key, value in found.items() if value and isinstance(value, str)}  # a list is no one licence
 
 
 def _of_member(entry: Mapping[str, Any]) -> dict[str, str]:
     if "repo" in entry:
         return license_of(entry["repo"], entry["revision"])
-    return stated(Path(entry["checkpoint"]) / "README.md")
+    folder = Path(entry["checkpoint"])  # as it was typed, which may name another model from where we are now
+    return stated(folder / "README.md") if _is(folder, entry) else {}
+
+
+def _is(folder: Path, entry: Mapping[str, Any]) -> bool:
+    try:
+        return bool(read_sample(open_checkpoint(folder, entry.get("base"))).fingerprint == entry["fingerprint"])
+    except WarmergeError:  # it is gone, or no model
+        return False

@@ -50,8 +50,10 @@ def read_measured(folders: Sequence[str | Path], fingerprint: str, manifest: Map
     numbers = _member_numbers(manifest)
     names: dict[str, str] = {}
     for _, content in found.values():
-        named = content["fingerprints"].items()
-        names |= {name: numbers[weights] for name, weights in named if weights in numbers}
+        for name, weights in content["fingerprints"].items():
+            if weights in numbers and names.setdefault(name, numbers[weights]) != numbers[weights]:
+                both = " and ".join(plain(str(folder)) for folder, _ in found.values())
+                raise UsageError(f"--results: {both} call different members {name!r}; run both commands from one place")
     evaluation, curve = (found.get(kind) for kind in (EVAL, CURVE))
     as_ = "" if evaluation is None else _evaluated_as(*evaluation, fingerprint, manifest)
     if curve is not None and not set(curve[1]["fingerprints"].values()) <= set(numbers):
@@ -64,7 +66,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     content = parse_json(path.read_bytes())
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise UsageError(f"{plain(str(path))} is not a result of warmerge")
-    if not isinstance(content.get("fingerprints"), dict):
+    if not isinstance(content.get("fingerprints"), dict) or not content["fingerprints"]:
         raise UsageError(f"{plain(str(path))} does not say which weights it measured; run the command again")
     return content
 

@@ -95,58 +95,79 @@ def _wait(error: BaseException) -> float | None:
 
 def explained(error: BaseException, place: Place, broken: bool) -> WarmergeError:
     """One sentence. The error's own text, with its addresses and request ids, is left to --debug."""
-    from huggingface_hub import constants, errors, get_token
+    from huggingface_hub import constants, get_token
 
-    hub, repo, asked = constants.ENDPOINT, place.repo, place.asked or "main"
-    status, kind, has_token = status_of(error), type(error).__name__, get_token() is not None
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    done, access = ("written", "write") if place.writing else ("read", "read")
-    said = str(getattr(error, "server_message", None) or "")
+    hub, has_token = constants.ENDPOINT, get_token() is not None
+    what = _missing(error, place, hub, has_token)
+    if isinstance(what, WarmergeError):
+        return what
+    if what is None and status_of(error) is None:
+        what = _unanswered(error, place, hub, broken)
+    return RemoteError(f"{plain(place.label)} {what or _answered(error, place, hub, has_token)}")
+
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def _missing(error: BaseException, place: Place, hub: str, has_token: bool) -> str | WarmergeError | None:
+    """What the Hub says is not there, or not for us; None where it says something else."""
+    from huggingface_hub import errors
+
+    repo, asked = place.repo, place.asked or "main"
     if isinstance(error, errors.GatedRepoError):  # first: it is a RepositoryNotFoundError too
-        then = "with the account of your token" if has_token else f"and {log_in}"
-        what = f"is gated: accept its licence at {hub}/{repo} {then}"
-    elif isinstance(error, errors.RepositoryNotFoundError) and place.writing:
-        then = "check that your token may write there" if has_token else log_in
-        return UsageError(f"{repo}: no such model on the Hub, or none that you may see; {then}")
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        then = "check that your token may read it" if has_token else log_in
-        missing = f"no local folder {place.label!r} and no such model on the Hub"
-        return UsageError(f"{missing}; check the name, or if it is private, {then}")
-    elif isinstance(error, errors.RevisionNotFoundError) and place.commit is not None:
-        what = f"changed while it was read: its commit {place.commit[:12]} is no longer there; run the command again"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        what = f"has no revision {asked!r}; {hub}/{repo}/tree/main lists its branches and tags"
-    elif isinstance(error, errors.DisabledRepoError):
-        what = f"has been disabled on the Hub; {hub}/{repo} may say why"
-    elif isinstance(error, errors.EntryNotFoundError) and status == 404:
-        what = f"lists a file that the Hub does not have; look at {hub}/{repo}/tree/{place.commit or asked}"
-    elif status == 401:
-        use = "" if place.writing else ", or unset it for a public model"
-        what = f"cannot be {done}: the Hub does not accept your token; {log_in} anew{use}"
-        if not has_token:
-            what = f"cannot be {done} without a token; {log_in}"
-    elif status in (402, 403, 413) and re.search(r"storage|quota|limit", said, re.IGNORECASE):
-        what = f"cannot be written: {plain(said)} ({hub}/settings/billing shows what you use)"
-    elif status == 403:
-        what = f"cannot be {done}: your token may not; give it {access} access to {repo} at {hub}/settings/tokens"
-    elif status == 429:
+        then = "with the account of your token" if has_token else f"and {_LOG_IN}"
+        return f"is gated: accept its licence at {hub}/{repo} {then}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        then = f"check that your token may {'write there' if place.writing else 'read it'}" if has_token else _LOG_IN
+        if place.writing:
+            return UsageError(f"{repo}: no such model on the Hub, or none that you may see; {then}")
+        what = f"no local folder {place.label!r} and no such model on the Hub"
+        return UsageError(f"{what}; check the name, or if it is private, {then}")
+    if isinstance(error, errors.RevisionNotFoundError) and place.commit is not None:
+        return f"changed while it was read: its commit {place.commit[:12]} is no longer there; run the command again"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {asked!r}; {hub}/{repo}/tree/main lists its branches and tags"
+    if isinstance(error, errors.DisabledRepoError):
+        return f"has been disabled on the Hub; {hub}/{repo} may say why"
+    if isinstance(error, errors.EntryNotFoundError) and status_of(error) == 404:
+        return f"lists a file that the Hub does not have; look at {hub}/{repo}/tree/{place.commit or asked}"
+    return None
+
+
+def _answered(error: BaseException, place: Place, hub: str, has_token: bool) -> str:
+    """What the HTTP status says."""
+    status, said = status_of(error), str(getattr(error, "server_message", None) or "")
+    access = "write" if place.writing else "read"
+    cannot = f"cannot be {'written' if place.writing else 'read'}"
+    if status == 401 and not has_token:
+        return f"{cannot} without a token; {_LOG_IN}"
+    if status == 401:
+        public = "" if place.writing else ", or unset it for a public model"
+        return f"{cannot}: the Hub does not accept your token; {_LOG_IN} anew{public}"
+    if status in (402, 403, 413) and re.search(r"storage|quota|limit", said, re.IGNORECASE):
+        return f"{cannot}: {plain(said)} ({hub}/settings/billing shows what you use)"
+    if status == 403:
+        return f"{cannot}: your token may not; give it {access} access to {place.repo} at {hub}/settings/tokens"
+    if status == 404:  # the Hub's own carry a code, and were told apart above
+        return f"{cannot}: {hub} does not answer as the Hub does (status 404); check HF_ENDPOINT and the proxy"
+    if status == 429:
         wait = _wait(error)
         when = "later" if wait is None else f"in {wait:g} s"
-        what = f"cannot be {done}: too many requests; try again {when}" + ("" if has_token else f", and {log_in}")
-    elif status is not None:
-        why = f" ({plain(said)})" if place.writing and said else ""
-        what = f"cannot be {done}: the Hub answered with status {status}{why}; try again later"
-    elif broken and place.commit is not None:
-        what = f"cannot be read on: {hub} cannot be reached ({kind}); check the network and run the command again"
-    elif broken and place.writing:
-        what = f"cannot be written: {hub} cannot be reached ({kind}); check the network and run the command again"
-    elif broken:
-        what = (
-            f"is no local folder, and {hub} cannot be reached ({kind}); check the name and the network, or set "
-            "HF_HUB_OFFLINE=1 to use what is in the Hub's cache"
-        )
-    elif isinstance(error, OSError) and error.errno is not None:
-        what = f"cannot be put in the Hub's cache ({error.strerror}); make room, or set HF_HOME to another disk"
-    else:
-        what = f"cannot be {done}: {hub} does not answer as the Hub does ({kind}); check HF_ENDPOINT and the proxy"
-    return RemoteError(f"{plain(place.label)} {what}")
+        return f"{cannot}: too many requests; try again {when}" + ("" if has_token else f", and {_LOG_IN}")
+    why = f" ({plain(said)})" if place.writing and said else ""
+    return f"{cannot}: the Hub answered with status {status}{why}; try again later"
+
+
+def _unanswered(error: BaseException, place: Place, hub: str, broken: bool) -> str:
+    """What is wrong where there was no answer, or none of the Hub's."""
+    kind, unreachable = type(error).__name__, f"{hub} cannot be reached ({type(error).__name__})"
+    if broken and (place.commit is not None or place.writing):
+        cannot = "cannot be written" if place.writing else "cannot be read on"
+        return f"{cannot}: {unreachable}; check the network and run the command again"
+    if broken:
+        then = "or add --offline (HF_HUB_OFFLINE=1) to use what is in the Hub's cache"
+        return f"is no local folder, and {unreachable}; check the name and the network, {then}"
+    if isinstance(error, OSError) and error.errno is not None and not place.writing:
+        return f"cannot be put in the Hub's cache ({error.strerror}); make room, or set HF_HOME to another disk"
+    cannot = f"cannot be {'written' if place.writing else 'read'}"
+    return f"{cannot}: {hub} does not answer as the Hub does ({kind}); check HF_ENDPOINT and the proxy"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ LICENSE_FIELDS = ("license", "license_name", "license_link")
 class Target:
     """A model repository as it is: `head` is the commit that `revision` stands for, None where there is none yet.
 
-    `digests`: file -> sha256 of a large file, git's sha1 of a small one, as the Hub lists them.
+    `digests`: file -> sha256 of a large file, git's sha1 of a small one, as the Hub lists them. `new_branch`: the
+    revision is to be made, from `head`.
     """
 
     repo: str
@@ -32,6 +34,12 @@ class Target:
     private: bool
     head: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    new_branch: bool = False
+
+    @property
+    def url(self) -> str:
+        """The address of its page."""
+        return f"{_api().endpoint}/{self.repo}" + (f"/tree/{self.revision}" if self.revision else "")
 
     @property
     def place(self) -> Place:
@@ -99,7 +107,10 @@ def look(repo: str, revision: str | None, private: bool | None) -> Target:
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    missing = False
+
     def info() -> Any:
+        nonlocal missing
         try:
             return _api().model_info(repo, revision=revision, files_metadata=True)
         except GatedRepoError:
@@ -109,6 +120,7 @@ def look(repo: str, revision: str | None, private: bool | None) -> Target:
                 return None
             raise
         except RevisionNotFoundError:
+            missing = True
             return _api().model_info(repo, files_metadata=True)
 
     found = ask(info, Place(repo, repo, revision, writing=True))
@@ -119,19 +131,22 @@ def look(repo: str, revision: str | None, private: bool | None) -> Target:
         where = f"{_api().endpoint}/{repo}/settings"
         raise UsageError(f"{repo} exists and is {is_}; make it {wanted} at {where}, or leave out --{wanted}")
     digests = {f.rfilename: str(f.lfs.sha256 if f.lfs else f.blob_id) for f in found.siblings or []}
-    return Target(repo, revision, True, bool(found.private), found.sha, digests)
+    return Target(repo, revision, True, bool(found.private), found.sha, digests, missing)
 
 
-def change(target: Target, files: Mapping[str, Path | bytes], stale: Iterable[str]) -> Change:
+def change(
+    target: Target, files: Mapping[str, Path | bytes], stale: Iterable[str], progress: Callable[[int], None]
+) -> Change:
     """What has to be done for these files to be there, and those of `stale` that are there not to be.
 
-    Reads every file once, to know it by its digest.
+    Reads every file once, to know it by its digest; `progress` is called with the bytes of each.
     """
     from huggingface_hub import CommitOperationAdd
 
     additions, unchanged = [], []
     for name, content in sorted(files.items()):
         added = CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        progress(int(added.upload_info.size))
         if target.digests.get(name) in _digests(added):
             unchanged.append(name)
         else:
@@ -150,30 +165,39 @@ def commit(target: Target, change: Change, message: str, create_pr: bool) -> Pub
         RemoteError: the repository changed since it was looked at; no write access; no room; no network.
     """
     api, place = _api(), target.place
+    ask(lambda: _check_card(change), place)  # before there is a repository, and weights in it
     if not target.exists:
         ask(lambda: api.create_repo(target.repo, private=target.private, exist_ok=True), place)
         target = _made(target)
     elif target.revision is not None and not create_pr:
         branch = str(target.revision)
         ask(lambda: api.create_branch(target.repo, branch=branch, revision=target.head, exist_ok=True), place)
+    if change.nothing:  # the branch alone
+        return Published(target.url, str(target.head))
     revision = target.revision
 
     def upload() -> None:
-        api.preupload_lfs_files(target.repo, list(change.additions), revision=revision, create_pr=create_pr)
+        # With a .gitignore of the repository's own, files that it names would be left out without a word.
+        api.preupload_lfs_files(
+            target.repo, list(change.additions), revision=revision, create_pr=create_pr, gitignore_content=""
+        )
 
     ask(upload, place)
     try:
         # A pull request is asked for once only: if its answer were lost, asking again would make a second one.
         made = ask(lambda: _commit(target, change, message, create_pr), place, attempts=1 if create_pr else 4)
     except RemoteError as error:
-        if status_of(error.__cause__ or error) != _MOVED:
+        status = status_of(error.__cause__ or error)
+        if create_pr and status is None:
+            what = f"look at {page(target.repo)}/discussions whether it is there before you run the command again"
+            raise RemoteError(f"{target.repo}: no answer came to the pull request; {what}") from error
+        if status != _MOVED:
             raise
         now = look(target.repo, revision, None)
         if not _is_there(now, change):
-            what = "changed on the Hub since this command looked at it; run it again to see what it would replace now"
-            raise RemoteError(f"{target.repo} {what}") from error
-        return Published(_page(target), str(now.head))  # it was our own commit, whose answer got lost
-    return Published(made.pr_url or _page(target), made.oid)
+            raise _changed(target) from error
+        return Published(target.url, str(now.head))  # it was our own commit, whose answer got lost
+    return Published(made.pr_url or target.url, made.oid)
 
 
 def license_of(repo: str, revision: str | None) -> dict[str, str]:
@@ -181,7 +205,7 @@ def license_of(repo: str, revision: str | None) -> dict[str, str]:
     info = ask(lambda: _api().model_info(repo, revision=revision), Place(repo, repo, revision))
     card = info.card_data
     found = {} if card is None else {key: card.get(key) for key in LICENSE_FIELDS}
-    return {key: str(value) for key, value in found.items() if value}
+    return {key: value for key, value in found.items() if value and isinstance(value, str)}  # a list is no one licence
 
 
 def page(repo: str) -> str:
@@ -195,32 +219,49 @@ def _api() -> Any:
     return HfApi(endpoint=constants.ENDPOINT, library_name="warmerge")
 
 
-def _page(target: Target) -> str:
-    return page(target.repo) + (f"/tree/{target.revision}" if target.revision else "")
+def _changed(target: Target) -> RemoteError:
+    what = "changed on the Hub since this command looked at it; run it again to see what it would replace now"
+    return RemoteError(f"{target.repo} {what}")
+
+
+def _check_card(change: Change) -> None:
+    """Asks the Hub whether it would accept README.md; UsageError with its words where not."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    for addition in change.additions:
+        if addition.path_in_repo == "README.md":
+            with addition.as_file() as file:
+                asked = {"content": file.read().decode(errors="replace"), "repoType": "model"}
+            headers = build_hf_headers(library_name="warmerge")
+            answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked, headers=headers)
+            if answer.status_code == 400:
+                said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
+                raise UsageError(f"README.md: the Hub does not accept its front matter ({plain(said)}); correct it")
+            hf_raise_for_status(answer)
 
 
 def _made(target: Target) -> Target:
-    """The repository that was just made, with its first commit."""
+    """The repository that was just made, with its first commit. Asking twice may have made it, or somebody else."""
     api, place = _api(), target.place
     if target.revision is not None:
         ask(lambda: api.create_branch(target.repo, branch=str(target.revision), exist_ok=True), place)
-    return look(target.repo, target.revision, None)
+    now = look(target.repo, target.revision, None)
+    if now.private != target.private or set(now.digests) - {".gitattributes"}:
+        raise _changed(target)
+    return now
 
 
 def _commit(target: Target, change: Change, message: str, create_pr: bool) -> Any:
     from huggingface_hub import CommitOperationDelete
 
     operations = [*change.additions, *(CommitOperationDelete(name) for name in change.deletions)]
-    try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warnings while validating metadata", UserWarning)
         return _api().create_commit(
             target.repo, operations, commit_message=message, revision=target.revision, parent_commit=target.head,
             create_pr=create_pr,
         )  # fmt: skip
-    except ValueError as error:
-        if "README.md" not in str(error):
-            raise
-        said = "; ".join(line.lstrip("- ") for line in str(error).splitlines()[1:])
-        raise UsageError(f"README.md: the Hub does not accept its front matter ({plain(said)}); correct it") from error
 
 
 def _is_there(now: Target, change: Change) -> bool:

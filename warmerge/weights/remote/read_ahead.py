@@ -17,7 +17,7 @@ from warmerge.weights.checkpoint import Stored
 from warmerge.weights.folder import Folder, Reader, read_bytes
 
 # Bytes that all windows together may take, requests under way at once, bytes of one request.
-MEMORY = 256 * 2**20
+MEMORY = 128 * 2**20
 _REQUESTS = 16
 _LARGEST_WINDOW = 8 * 2**20
 _SMALLEST_WINDOW = 2**20

@@ -11,16 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from warmerge.errors import Finding, RefusedError, RemoteError, UsageError, plain, some
+from warmerge.errors import RemoteError, UsageError, plain, some
 from warmerge.weights.folder import Folder, LocalFolder, open_folder
 from warmerge.weights.remote.asking import ATTEMPTS, Place, ask
+from warmerge.weights.remote.ranges import PATIENCE, fill, is_small
 
-# The header of a checkpoint of 2,000 tensors takes 256 KiB: one request shows all of it.
-_WINDOW = 256 * 1024
-# Configs and tokenizers are fetched whole.
-_SMALL = 50 * 2**20
-# What is streamed for hours has to outlive a minute without a network.
-_PATIENCE = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})")
 _NOT_IN_REVISIONS = re.compile(r"\.\.|//|^/|/$|@\{|[\s\\~^:?*\[\x00-\x1f\x7f]")
@@ -46,6 +41,16 @@ def parse_hub_id(spec: str) -> tuple[str, str | None]:
     if at and (not revision or _NOT_IN_REVISIONS.search(revision)):
         raise UsageError(f"{plain(spec)}: what follows the '@' must be a branch, a tag or a commit of {repo}")
     return repo, revision or None
+
+
+def is_branch(name: str) -> bool:
+    """Whether this can be a branch's name: no commit, no reference to something else, nothing that git forbids.
+
+    >>> [is_branch(name) for name in ("v2", "me/trial", "", "a b", "refs/pr/1", "0" * 40)]
+    [True, True, False, False, False, False]
+    """
+    other = name.startswith("refs/") or _COMMIT.fullmatch(name)
+    return bool(name) and not other and not _NOT_IN_REVISIONS.search(name)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class HubFolder:
         HubReader(self, ATTEMPTS).readinto(file, offset, buffer)
 
     def reader(self, pause: Callable[[float], object] | None = None) -> HubReader:
-        return HubReader(self, _PATIENCE, pause)
+        return HubReader(self, PATIENCE, pause)
 
     def refuse_changed(self, files: Iterable[str]) -> None:
         """A commit does not change."""
@@ -104,19 +109,10 @@ class HubReader:
 
     def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
         """As `HubFolder.readinto`."""
-        size, end = self.folder.files[file], offset + len(buffer)
-        if end > size:
-            what = f"has {size} bytes where {end} are needed; it is damaged"
-            raise RefusedError([Finding(f"{self.folder.label}/{file}", what)])
-        small = not file.endswith(".safetensors") and size <= _SMALL
-        if small and not self.folder.streamed:
-            buffer[:] = self._cached(file)[offset:end]
-            return
-        kept = size if small else min(_WINDOW, size)
-        start = self._start(file, kept)[offset:end] if offset < kept else b""
-        buffer[: len(start)] = start
-        if len(start) < len(buffer):
-            self._fill(file, offset + len(start), buffer[len(start) :])
+        folder = self.folder
+        if is_small(file, folder.files[file]) and not folder.streamed and file not in folder.starts:
+            folder.starts[file] = self._cached(file)
+        fill(folder.label, folder.files, folder.starts, self._fetch, file, offset, buffer)
 
     def close(self) -> None:
         """Nothing is held between two requests."""
@@ -134,15 +130,7 @@ class HubReader:
             raise _wrong_size(self.folder, [file])
         return data
 
-    def _start(self, file: str, length: int) -> bytes:
-        if file not in self.folder.starts:
-            data = bytearray(length)
-            if data:
-                self._fill(file, 0, memoryview(data))
-            self.folder.starts[file] = bytes(data)
-        return self.folder.starts[file]
-
-    def _fill(self, file: str, offset: int, buffer: memoryview) -> None:
+    def _fetch(self, file: str, offset: int, buffer: memoryview) -> None:
         """Fills the buffer; a request that breaks is taken up where it broke."""
         done = received = 0
 

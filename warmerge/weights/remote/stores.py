@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,20 +13,19 @@ from typing import Any, NamedTuple, TypeVar
 
 from warmerge.errors import Finding, RefusedError, RemoteError, UsageError, WarmergeError, plain
 from warmerge.weights.remote.asking import ATTEMPTS
+from warmerge.weights.remote.ranges import PATIENCE, fill, is_small
 
-# As for the Hub: one request shows a header, small files are kept whole, a stream outlives a minute without a network.
-_WINDOW = 256 * 1024
-_SMALL = 50 * 2**20
-_PATIENCE = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 32.0
 # http:// is left out: a web server lists no files. One letter is a drive of Windows.
 _STORE = re.compile(r"(?!hf:|https?:)([a-z][a-z0-9+.-]+)://(?!.*::)")
 _SECRETS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@|\?[^\s\"']*")
-_PACKAGES = dict.fromkeys(("s3", "s3a"), ("s3fs", "'warmerge[s3]'"))
+_S3 = ("s3", "s3a")
+_PACKAGES = dict.fromkeys(_S3, ("s3fs", "'warmerge[s3]'"))
 _PACKAGES |= dict.fromkeys(("gs", "gcs"), ("gcsfs", "'warmerge[gs]'"))
 _PACKAGES |= dict.fromkeys(("az", "abfs", "abfss"), ("adlfs", "adlfs"))
 # What the stores call that which tells one version of a file from another.
 _VERSION = ("ETag", "etag", "generation", "VersionId", "LastModified", "last_modified", "updated", "mtime", "created")
+_QUIET = logging.NullHandler()
 _T = TypeVar("_T")
 
 
@@ -73,12 +73,12 @@ class StoreFolder:
         StoreReader(self, ATTEMPTS).readinto(file, offset, buffer)
 
     def reader(self, pause: Callable[[float], object] | None = None) -> StoreReader:
-        return StoreReader(self, _PATIENCE, pause or time.sleep)
+        return StoreReader(self, PATIENCE, pause or time.sleep)
 
     def refuse_changed(self, files: Iterable[str]) -> None:
         """RefusedError if one of these files is not as it was when the folder was opened. One request."""
         try:
-            now = _ask(lambda: _listed(self.system, self.path), self.label, _PATIENCE)
+            now = _ask(lambda: _listed(self.system, self.path), self.label, PATIENCE)
         except UsageError:
             now = {}
         for file in files:
@@ -97,42 +97,30 @@ class StoreReader:
 
     def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
         """As `StoreFolder.readinto`."""
-        size, end = self.folder.states[file].size, offset + len(buffer)
-        if end > size:
-            what = f"has {size} bytes where {end} are needed; it is damaged"
-            raise RefusedError([Finding(f"{self.folder.label}/{file}", what)])
-        small = not file.endswith(".safetensors") and size <= _SMALL
-        kept = size if small else min(_WINDOW, size)
-        if offset < kept and file not in self.folder.starts:
-            start = self._range(file, 0, kept)
-            if small:  # weights are looked at again when all of them have been read
-                self.folder.refuse_changed([file])
-            self.folder.starts[file] = start
-        begun = self.folder.starts[file][offset:end] if offset < kept else b""
-        buffer[: len(begun)] = begun
-        if len(begun) < len(buffer):
-            buffer[len(begun) :] = self._range(file, offset + len(begun), end)
+        fill(self.folder.label, self.folder.sizes(), self.folder.starts, self._fetch, file, offset, buffer)
 
     def close(self) -> None:
         """Nothing is held between two requests."""
 
-    def _range(self, file: str, start: int, stop: int) -> bytes:
-        if start == stop:
-            return b""
-        folder, path = self.folder, f"{self.folder.path}/{file}"
+    def _fetch(self, file: str, start: int, buffer: memoryview) -> None:
+        if not len(buffer):
+            return
+        folder, path, stop = self.folder, f"{self.folder.path}/{file}", start + len(buffer)
         try:
             data: bytes = _ask(
                 lambda: folder.system.cat_file(path, start=start, end=stop), folder.label, self.attempts, self.pause
             )
         except WarmergeError as error:
-            if isinstance(error, UsageError) or _unusable(error.__cause__):  # not there, or not so long
+            if _trouble(error.__cause__) in ("missing", "invalid"):  # perhaps it is no longer there, or not so long
                 folder.refuse_changed([file])
             raise
         if len(data) != stop - start:
             folder.refuse_changed([file])
             what = f"{stop - start} bytes were asked for, the store sent {len(data)}; copy the folder here and merge it"
             raise RemoteError(f"{plain(folder.label)}/{plain(file)}: {what}")
-        return data
+        if is_small(file, folder.states[file].size):  # weights are looked at again when all of them have been read
+            folder.refuse_changed([file])
+        buffer[:] = data
 
 
 def open_store(url: str) -> StoreFolder:
@@ -149,8 +137,9 @@ def open_store(url: str) -> StoreFolder:
         what = "leave the password, or what follows the '?', out of the address: it would be written into warmerge.json"
         raise UsageError(f"{plain(label)}: {what}; give it to fsspec by its configuration or environment")
     system, path = _file_system(url, scheme, label)
-    states = _ask(lambda: _listed(system, path), label, attempts=1)
-    if not states and _ask(lambda: system.isfile(path), label, attempts=1):
+    attempts = ATTEMPTS if scheme in _S3 else 1  # the packages for other stores try again by themselves
+    states = _ask(lambda: _listed(system, path), label, attempts)
+    if not states and _ask(lambda: system.isfile(path), label, attempts):
         raise UsageError(f"{plain(label)} is a single file; give the folder that it is in")
     if unknown := [name for name, state in states.items() if not state.version]:
         what = f"{scheme}:// does not tell when {plain(unknown[0])} was changed; copy the folder here and merge it"
@@ -161,19 +150,22 @@ def open_store(url: str) -> StoreFolder:
 
 def _file_system(url: str, scheme: str, label: str) -> tuple[Any, str]:
     """fsspec's file system for this kind of store, and the folder's name in it. Nothing is asked for yet."""
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
-    on_s3 = scheme in ("s3", "s3a")
+    for package in ("gcsfs", "azure"):  # what they write on stderr is said in the error, in one sentence
+        logging.getLogger(package).addHandler(_QUIET)
     try:
         # The option sets our client for S3, which takes half a second to make, apart from that of others.
-        system, path = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if on_s3 else {}))
+        system, path = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if scheme in _S3 else {}))
     except ImportError as error:
         needed = "{}: pip install {}".format(*_PACKAGES[scheme]) if scheme in _PACKAGES else f"a package ({error})"
         raise UsageError(f"{plain(label)}: {scheme}:// needs {needed}") from error
     except Exception as error:
         raise _explained(error, label) from error
-    if on_s3:
-        system.retries = 1  # it would try five times what its client tries five times; `_ask` can be stopped
+    if scheme in _S3:
+        # Its client would try five times, and s3fs that five times; `_ask` tries again, and can be stopped.
+        system.retries = 1
+        system.config_kwargs = {"retries": {"total_max_attempts": 1}} | system.config_kwargs
     return system, str(path).rstrip("/")
 
 
@@ -203,31 +195,34 @@ def _ask(request: Callable[[], _T], label: str, attempts: int, pause: Callable[[
         except Exception as error:  # each store has errors of its own, without a common root
             tried += 1
             wait = min(_FIRST_WAIT * 2 ** (tried - 1), _LONGEST_WAIT)
-            if tried >= attempts or _unusable(error) or pause(wait):
+            if tried >= attempts or _trouble(error) or pause(wait):
                 raise _explained(error, label) from error
 
 
-def _unusable(error: BaseException | None) -> bool:
-    """Whether it is the request or its sender that the store does not like: asking again would not help."""
-    final = isinstance(error, (FileNotFoundError, PermissionError, ValueError)) or _no_credentials(error)
-    return final or getattr(error, "errno", None) == errno.EINVAL
-
-
-def _no_credentials(error: BaseException | None) -> bool:
-    return "Credential" in type(error).__name__
+def _trouble(error: BaseException | None) -> str:
+    """What is wrong with the request, by what the stores' packages raise; "" where asking again may help."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    said = str(error) if isinstance(error, ValueError) else type(error).__name__
+    if re.search("credential|authenticat", said, re.IGNORECASE):
+        return "no credentials"
+    if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):
+        return "forbidden"
+    return "invalid" if isinstance(error, ValueError) or getattr(error, "errno", None) == errno.EINVAL else ""
 
 
 def _explained(error: Exception, label: str) -> WarmergeError:
     """One sentence, with what the store said, but without the secrets that an address in it may hold."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    said = plain(_SECRETS.sub("", text).strip().partition("\n")[0].rstrip(".")) or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        return UsageError(f"{plain(label)}: there is no such bucket or folder; check the name")
+    said = plain(_SECRETS.sub("", text).strip().partition("\n")[0].rstrip(".!")) or type(error).__name__
     log_in = "log in as the store's own tool wants it (aws, gcloud, az)"
-    if _no_credentials(error):
+    trouble = _trouble(error)
+    if trouble == "missing":
+        return UsageError(f"{plain(label)}: there is no such bucket or folder; check the name")
+    if trouble == "no credentials":
         then = f"{log_in}, or for a public bucket on S3 set FSSPEC_S3_ANON=true"
         return RemoteError(f"{plain(label)} cannot be read without credentials ({said}); {then}")
-    if isinstance(error, PermissionError):
+    if trouble == "forbidden":
         then = f"your credentials must allow to list and to read; check them, or {log_in} anew"
         return RemoteError(f"{plain(label)} cannot be read: {said}; {then}")
     return RemoteError(f"{plain(label)} cannot be read: {said}; check the network, the endpoint and the region")
