@@ -969,6 +969,19 @@ def test_the_licence_that_all_members_state(hub: LoopbackHub, warm: Path) -> Non
     assert "\nlicense: apache-2.0\n" in sent(hub)["README.md"].decode()
 
 
+def test_what_was_published_can_be_published_again(hub: LoopbackHub, warm: Path, tmp_path: Path) -> None:
+    """Its record names no folder of a member any more."""
+    push(warm, licence="mit")
+    again = tmp_path / "downloaded"
+    again.mkdir()
+    for name, data in sent(hub).items():
+        (again / name).write_bytes(data)
+    pushed = push(again, "me/y")
+    assert dict(pushed.proposal.licence) == {}
+    assert pushed.proposal.licence_source == "member 1: none stated, member 2: none stated, member 3: none stated"
+    assert sent(hub, "me/y")["warmerge.json"] == sent(hub)["warmerge.json"]
+
+
 def test_a_given_licence_wins(hub: LoopbackHub, warm: Path) -> None:
     proposal = push(warm, licence="mit").proposal
     assert (proposal.licence, proposal.licence_source) == ({"license": "mit"}, "as given")

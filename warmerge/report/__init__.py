@@ -1,6 +1,7 @@
 """Rows -> figures and texts for people. The only package that imports matplotlib, and only when it draws.
 
-card      the README.md of a merged checkpoint
+card      the README.md of a reward model; card_results its numbers, card_figures its pictures, card_text its words
+results   files of a run, and their figures
 rows      what the figures read out of rows; names that fit and stay distinct
 canvas    how every figure looks, and how it is saved: the same bytes each time
 figures   the figures themselves

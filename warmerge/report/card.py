@@ -12,20 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from warmerge.errors import UsageError, plain, quoted
+from warmerge.errors import UsageError, quoted
 from warmerge.report.card_results import (
     Results,
-    clean,
-    code,
     curve_lines,
-    escaped,
     index_results,
-    left_out,
     length_words,
     read_results,
     result_lines,
+)
+from warmerge.report.card_text import (
+    clean,
+    code,
+    escaped,
+    inputs_of,
+    left_out,
+    public_warnings,
     table,
-    without_paths,
 )
 
 CARD_MARK = "<!-- Written by warmerge. Remove this line to keep your own text when you push again. -->"
@@ -165,7 +168,7 @@ def _front_matter(manifest: Mapping[str, Any] | None, facts: CardFacts, results:
     stated = {key: clean(facts.license[key]) for key in ("license", "license_name", "license_link") if
               facts.license.get(key)}  # fmt: skip
     front: dict[str, Any] = {"library_name": "transformers", **stated}
-    merged = list(dict.fromkeys(repo for entry in _inputs(manifest, "member") if (repo := _hub_id(entry))))
+    merged = list(dict.fromkeys(repo for entry in inputs_of(manifest, "member") if (repo := _hub_id(entry))))
     if merged or facts.base_model:
         front["base_model"] = merged or list(facts.base_model)
         front["base_model_relation"] = "merge" if merged else "finetune"
@@ -182,7 +185,7 @@ def _front_matter(manifest: Mapping[str, Any] | None, facts: CardFacts, results:
 def _what_it_is(manifest: Mapping[str, Any] | None, measured: bool) -> str:
     words = "A reward model: it gives a prompt with an answer one number, higher for an answer that it judges better."
     if manifest is not None:
-        name, count = str(manifest["rule"]["name"]), len(_inputs(manifest, "member"))
+        name, count = str(manifest["rule"]["name"]), len(inputs_of(manifest, "member"))
         merge = _MERGES.get(name, f"`{name}` merge" if name.isalnum() else "merge")
         words += f" Its weights are the {merge} of those of {count} fine-tuned reward models ({_WARM})."
         words += " How accurate that is was measured, see below; no more is claimed." if measured else ""
@@ -223,8 +226,8 @@ def _use(facts: CardFacts) -> list[str]:
 
 def _made_of(manifest: Mapping[str, Any], facts: CardFacts) -> list[str]:
     rule, rows = manifest["rule"], []
-    numbered = [(f"member {i}", entry) for i, entry in enumerate(_inputs(manifest, "member"), start=1)]
-    numbered += [("base", entry) for entry in _inputs(manifest, "base")]
+    numbered = [(f"member {i}", entry) for i, entry in enumerate(inputs_of(manifest, "member"), start=1)]
+    numbered += [("base", entry) for entry in inputs_of(manifest, "base")]
     for (name, entry), coefficient in zip(numbered, _coefficients(manifest, len(numbered)), strict=True):
         rows.append([name, _where(entry), coefficient, f"`{_hex(entry.get('fingerprint', ''))[:16]}`"])
     chosen = "".join(f", {escaped(key)} = {escaped(value)}" for key, value in rule.items() if key not in
@@ -239,7 +242,7 @@ def _made_of(manifest: Mapping[str, Any], facts: CardFacts) -> list[str]:
     copied = len(manifest.get("copied_tensors") or [])
     if copied:
         lines.append(f"A partial merge: {copied} tensors are copies of one member's, the others are merged.")
-    if facts.base_model and not all(_hub_id(entry) for entry in _inputs(manifest, "member")):
+    if facts.base_model and not all(_hub_id(entry) for entry in inputs_of(manifest, "member")):
         origin = f"{_links(facts.base_model)}, as their owner says"
         lines.append(f"Members that are not on the Hub were fine-tuned from {origin}.")
     return lines + _selected(manifest, facts)
@@ -252,7 +255,8 @@ def _selected(manifest: Mapping[str, Any], facts: CardFacts) -> list[str]:
         return []
     used = {entry.get("fingerprint") for entry in record.get("sets") or []}
     sets = [entry for entry in (facts.evaluation or {}).get("sets") or [] if entry.get("fingerprint") in used]
-    count, how = len(record.get("accuracies") or []), escaped(record.get("selection"))
+    # A record that was published once says how many there were, and not their names.
+    count, how = record.get("of") or len(record.get("accuracies") or []), escaped(record.get("selection"))
     words = f"The members were chosen from {count} checkpoints by their accuracy ({how})."
     if sets:
         words += (
@@ -304,40 +308,9 @@ def _limits(manifest: Mapping[str, Any] | None, results: Results | None) -> list
         f"{safe} Keep a control reward, and read samples.",
         "- It is valid only on texts like those that it was trained on.",
     ]
-    names = _labels(manifest)
-    sentences = [_with_public_names(str(sentence), names) for sentence in (manifest or {}).get("warnings") or []]
+    sentences = public_warnings(manifest)
     lines += [f"- Warned when it was merged: {escaped(sentence)}." for sentence in sentences if sentence]
     return lines + ([left_out(sentences.count(None), "warning", "merge")] if None in sentences else [])
-
-
-def _labels(manifest: Mapping[str, Any] | None) -> dict[str, str]:
-    """What the user called the inputs, which may be a path -> their public names."""
-    names: dict[str, str] = {}
-    for role in ("member", "base"):
-        for i, entry in enumerate(_inputs(manifest, role), start=1):
-            name = f"member {i}" if role == "member" else "the base"
-            for key, public in (("checkpoint", name), ("adapter", name), ("base", "the base of an adapter")):
-                if isinstance(entry.get(key), str) and entry[key]:
-                    names.setdefault(entry[key], public)
-    return names
-
-
-def _with_public_names(sentence: str, names: Mapping[str, str]) -> str | None:
-    """A warning with public names where it names checkpoints; None where a path or a private name would remain."""
-    spellings = {word: public for name, public in names.items() for word in (name, plain(name), quoted(name))}
-    longest = sorted(spellings, key=len, reverse=True)
-    rest = sentence
-    if longest:
-        # Only where findings name checkpoints: a folder may be called "1", and numbers are to stay.
-        before, after = r"(?:^|(?<=with )|(?<=from )|(?<=than )|(?<=, ))", r"(?=: |'s|, | has | by |;|$)"
-        pattern = rf"{before}({'|'.join(map(re.escape, longest))})(?:/([\w.-]+))?{after}"
-        rest = re.sub(pattern, "", sentence)
-        sentence = re.sub(pattern, lambda at: spellings[at[1]] + (f"'s {at[2]}" if at[2] else ""), sentence)
-    lasts = (re.split(r"[/\\]", name)[-1] for name in names)
-    private = [word for word in (*longest, *lasts) if len(word) > 3 and not word.isdecimal()]
-    if any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", rest) for word in private):
-        return None
-    return None if without_paths(rest) is None else sentence
 
 
 def _origin(manifest: Mapping[str, Any] | None, facts: CardFacts) -> list[str]:
@@ -358,10 +331,6 @@ def _origin(manifest: Mapping[str, Any] | None, facts: CardFacts) -> list[str]:
     weights += [f"reward head {escaped(facts.head)}"] if facts.head else []
     weights += [f"fingerprint `{_hex(facts.fingerprint)}`"] if facts.fingerprint else []
     return lines + ([f"Weights: {', '.join(weights)}."] if weights else [])
-
-
-def _inputs(manifest: Mapping[str, Any] | None, role: str) -> list[Mapping[str, Any]]:
-    return [] if manifest is None else [entry for entry in manifest["inputs"] if entry["role"] == role]
 
 
 def _hub_id(entry: Mapping[str, Any]) -> str:

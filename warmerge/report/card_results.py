@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warmerge.errors import UsageError, some
+from warmerge.report.card_text import clean, escaped, left_out, table, without_paths
 from warmerge.report.rows import Row, accuracy, ends, interval, number, sizes, text
 
 THIS = "this model"
@@ -22,44 +23,6 @@ _HALFWAY = " half-way to start"
 _BEST = re.compile(r"best member \((.*)\)", re.DOTALL)
 # Sets that `eval --mask` makes of training pairs: accuracy there says nothing of new pairs.
 _TRAINED_ON = re.compile(r".*\[(swapped|clean)\]", re.DOTALL)
-_MARKS = str.maketrans(
-    {mark: f"\\{mark}" for mark in "\\*_[]~$!#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;"}
-)
-
-
-def clean(name: object) -> str:
-    r"""`name` on one line of printable characters, the others as escapes.
-
-    >>> print(clean("a\nb\u202e"))
-    a\nb\u202e
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
-def escaped(name: object) -> str:
-    r"""`name`, which may come from anybody's file, as plain text in Markdown: in a table, a list or a sentence.
-
-    >>> print(escaped("a|b_c <i>"), escaped("1. x"), escaped("0.1.0"))
-    a&#124;b\_c &lt;i&gt; 1\. x 0.1.0
-    """
-    line = clean(name).strip().translate(_MARKS)
-    return re.sub(r"^(\d*)([-+=]|[.)](?= |$))", r"\1\\\2", line) or "(no name)"
-
-
-def code(words: object) -> str:
-    """`words` as code where no character of them would end it, else as plain text."""
-    shown = clean(words)
-    return escaped(shown) if set(shown) & set("`|\\") or not shown.strip() else f"`{shown}`"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table of cells that are Markdown already."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def without_paths(sentence: str) -> str | None:
-    """The sentence, or None where it may name a local file."""
-    return None if "/" in sentence or "\\" in sentence else sentence
 
 
 @dataclass(frozen=True)
@@ -205,11 +168,6 @@ def _lines_of(results: Results) -> list[tuple[str, Callable[[str], str]]]:
     others = sorted((name for name in kinds if name != own and name not in between), key=lambda name: places[name])
     lines += [(escaped(results.models[name]), cell(name)) for name in others]
     return lines + ([("members half-way to the start, lowest to highest", span)] if between else [])
-
-
-def left_out(count: int, what: str, source: str) -> str:
-    """That the card does not show everything."""
-    return f"- {count} {what}{'s' * (count != 1)} of the {source} left out here, which may name local files."
 
 
 def _what(what: str, results: Results) -> str:

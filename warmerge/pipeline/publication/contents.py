@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from warmerge.report.card_text import public_warnings
 from warmerge.weights import small_files
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, parse_json
 from warmerge.weights.folder import LocalFolder, read_bytes
@@ -100,9 +101,16 @@ def public_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "inputs" in manifest:
         kept = [{key: entry[key] for key in _PUBLIC_OF_INPUTS if key in entry} for entry in manifest["inputs"]]
         public["inputs"] = kept
+        public["warnings"] = [sentence for sentence in public_warnings(manifest) if sentence is not None]
     if "selection" in manifest:
-        selection = manifest["selection"]
-        sets = [{key: entry[key] for key in ("name", "n", "prompts", "fingerprint")} for entry in selection["sets"]]
-        counts = {"kept": len(selection["kept"]), "of": len(selection["accuracies"])}
-        public["selection"] = {"selection": selection["selection"], **counts, "sets": sets}
+        public["selection"] = _public_selection(manifest["selection"])
     return public
+
+
+def _public_selection(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers in place of the names of checkpoints; one that is public already stays as it is."""
+    if isinstance(selection["kept"], int):
+        return dict(selection)
+    counts = {"kept": len(selection["kept"]), "of": len(selection["accuracies"])}
+    sets = [{key: entry[key] for key in ("name", "n", "prompts", "fingerprint")} for entry in selection["sets"]]
+    return {"selection": selection["selection"], **counts, "sets": sets}

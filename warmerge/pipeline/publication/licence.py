@@ -57,8 +57,9 @@ def stated(readme: Path) -> dict[str, str]:
 def _of_member(entry: Mapping[str, Any]) -> dict[str, str]:
     if "repo" in entry:
         return license_of(entry["repo"], entry["revision"])
-    folder = Path(entry["checkpoint"])  # as it was typed, which may name another model from where we are now
-    return stated(folder / "README.md") if _is(folder, entry) else {}
+    # As it was typed, which may name another model from where we are now; a record that was published names none.
+    folder = Path(entry.get("checkpoint", ""))
+    return stated(folder / "README.md") if "checkpoint" in entry and _is(folder, entry) else {}
 
 
 def _is(folder: Path, entry: Mapping[str, Any]) -> bool:

@@ -139,14 +139,15 @@ def change(
 ) -> Change:
     """What has to be done for these files to be there, and those of `stale` that are there not to be.
 
-    Reads every file once, to know it by its digest; `progress` is called with the bytes of each.
+    Reads every file once, to know it by its digest; `progress` is called with the bytes of each that is on the disk.
     """
     from huggingface_hub import CommitOperationAdd
 
     additions, unchanged = [], []
     for name, content in sorted(files.items()):
         added = CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        progress(int(added.upload_info.size))
+        if isinstance(content, Path):
+            progress(int(added.upload_info.size))
         if target.digests.get(name) in _digests(added):
             unchanged.append(name)
         else:
