@@ -19,6 +19,7 @@ from reward_world import World, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import warmerge
+import warmerge.pipeline.push as push_module
 from warmerge.errors import RefusedError, RemoteError, UsageError
 from warmerge.pipeline.publication import example
 from warmerge.pipeline.publication.contents import without_origin
@@ -26,6 +27,7 @@ from warmerge.pipeline.publication.measured import read_measured
 from warmerge.pipeline.push import Proposal, propose, send
 from warmerge.report.card import CARD_MARK
 from warmerge.weights.remote import asking
+from warmerge.weights.remote.pushing import change
 
 pytestmark = pytest.mark.filterwarnings(CLIENT_WARNING)
 # Stands in every local path of these tests, and must not stand in anything that is sent.
@@ -967,6 +969,29 @@ def test_the_licence_that_all_members_state(hub: LoopbackHub, warm: Path) -> Non
     proposal = push(warm).proposal
     assert (proposal.licence, proposal.licence_source) == ({"license": "apache-2.0"}, "that of all members")
     assert "\nlicense: apache-2.0\n" in sent(hub)["README.md"].decode()
+
+
+def test_a_file_that_changes_meanwhile_is_not_sent(
+    hub: LoopbackHub, warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_overwritten(*arguments: Any) -> Any:
+        found = change(*arguments)
+        with (warm / "model.safetensors").open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\0")
+        return found
+
+    monkeypatch.setattr(push_module, "change", then_overwritten)
+    with pytest.raises(RefusedError, match=r"model.safetensors: changed while it was read"):
+        push(warm)
+    assert writes(hub) == []
+
+
+def test_a_member_that_is_gone_is_not_looked_for_on_the_hub(hub: LoopbackHub, warm: Path) -> None:
+    manifest = json.loads((warm / "warmerge.json").read_text())
+    edit(warm / "warmerge.json", inputs=[entry | {"checkpoint": "runs/1"} for entry in manifest["inputs"]])
+    push(warm, dry_run=True)
+    assert not [request for request in hub.requests if "runs/1" in request.path]
 
 
 def test_what_was_published_can_be_published_again(hub: LoopbackHub, warm: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from warmerge.weights.remote.pushing import Change, Target, change, commit, full
 from warmerge.weights.remote.reading import is_branch
 from warmerge.weights.rules import RULES, Options
 from warmerge.weights.samples import read_sample
-from warmerge.weights.stream import Engine, coefficients_of
+from warmerge.weights.stream import Engine, coefficients_of, refuse_changed
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ def propose(
     card, said = written_card(checkpoint, merge, facts, measured, run_lines) if own is None else (own, [OWN])
     files = {**model_files(checkpoint), **pictures(measured), CARD: card.encode(errors="backslashreplace")}
     changes = change(target, files, stale(target.digests, files), progress)
+    refuse_changed([checkpoint])  # what was looked through is what was hashed, and the Hub checks the hash
     proposal = Proposal(
         target.repo, revision, target.exists, target.private, create_pr, message or _message(merge),
         {name: _size(content) for name, content in files.items()}, changes.unchanged, changes.deletions,

@@ -59,7 +59,8 @@ def _of_member(entry: Mapping[str, Any]) -> dict[str, str]:
         return license_of(entry["repo"], entry["revision"])
     # As it was typed, which may name another model from where we are now; a record that was published names none.
     folder = Path(entry.get("checkpoint", ""))
-    return stated(folder / "README.md") if "checkpoint" in entry and _is(folder, entry) else {}
+    known = "checkpoint" in entry and folder.is_dir() and _is(folder, entry)
+    return stated(folder / "README.md") if known else {}
 
 
 def _is(folder: Path, entry: Mapping[str, Any]) -> bool:
