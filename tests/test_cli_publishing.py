@@ -22,6 +22,7 @@ from test_cli import Done, environment, here
 
 import warmerge
 from warmerge.errors import RefusedError
+from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.remote import asking
 
 pytestmark = pytest.mark.filterwarnings(CLIENT_WARNING)
@@ -109,6 +110,21 @@ def test_from_members_on_the_hub_to_a_reward_for_anybody(hub: LoopbackHub, merge
     )
     assert (read.returncode, read.stdout) == (0, f"{code[2]}\n"), read.stderr
     assert any("/me/warm-rm/resolve/" in request.path for request in hub.requests)
+
+
+def test_offline_the_hub_is_not_asked(hub: LoopbackHub, merged: Path, tmp_path: Path) -> None:
+    for name in "abc":
+        hub.put(f"me/{name}", merged / name)
+    make_local([open_checkpoint("me/a"), open_checkpoint("me/b")])  # now they are in the cache
+    hub.requests.clear()
+    done = run(hub, "average", "me/a", "me/b", "-o", "out", "--offline", cwd=tmp_path)
+    assert (done.code, done.out) == (0, "out\n"), done.err
+    done = run(hub, "average", "me/a", "me/c", "-o", "other", "--stream", "--offline", cwd=tmp_path)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(
+        "warmerge: me/c is no local folder, and not in the Hub's cache; without --offline and HF_"
+    )
+    assert hub.requests == []
 
 
 def test_push_in_a_process_of_its_own(hub: LoopbackHub, warm: Path, tmp_path: Path) -> None:
