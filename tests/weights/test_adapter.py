@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
+import warmerge
 from warmerge.errors import RefusedError
 from warmerge.weights.adapter import base_named_by, read_adapter
 from warmerge.weights.checkpoint import Checkpoint, LowRank, Tensor, read_checkpoint
 from warmerge.weights.folder import open_folder
 from warmerge.weights.kernels import Workspace
+from warmerge.weights.remote import ranges
 
 peft = pytest.importorskip("peft")
 
@@ -546,3 +549,24 @@ def test_square_weights_need_fan_in_fan_out_to_agree(tmp_path: Path) -> None:
     make_adapter(tmp_path / "base", tmp_path / "adapter", TARGETS["gpt2"])
     rewrite_settings(tmp_path / "adapter", fan_in_fan_out=False)
     assert "unknown whether the square ones are transposed" in refusal(tmp_path / "adapter", tmp_path / "base")
+
+
+def test_adapters_on_the_hub_are_streamed_with_their_base_read_once(
+    adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    rewrite_weights(other, lambda tensors: tensors.update({name: value * 2 for name, value in tensors.items()}))
+    local = warmerge.average([adapter, other], tmp_path / "local", base=llama, threads=2)
+    monkeypatch.setattr(ranges, "WINDOW", 4096)  # these files are smaller than what one request shows of a header
+    with LoopbackHub({"me/one": adapter, "me/two": other, "me/base": llama}) as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        choices = {"base": "me/base", "threads": 2, "stream": True, "on_plan": lambda prepared: hub.requests.clear()}
+        streamed = warmerge.average(["me/one", "me/two"], tmp_path / "streamed", **choices)
+        read = [request.range or "" for request in hub.asked(path="base/resolve/")]
+    expected, found = (load_file(merged.out / "model.safetensors") for merged in (local, streamed))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    spans = [tuple(map(int, asked.removeprefix("bytes=").split("-"))) for asked in read if asked]
+    size = (llama / "model.safetensors").stat().st_size
+    assert size / 2 < sum(last - first + 1 for first, last in spans) <= size, "once for both adapters"
+    assert [entry.get("repo") for entry in streamed.manifest["inputs"]] == ["me/one", "me/two"]
