@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,7 +153,6 @@ def average(
     with errors(debug):
         from warmerge.pipeline import average as pipeline
         from warmerge.pipeline.prepare import prepare
-        from warmerge.pipeline.push import check_target
         from warmerge.weights.output import check_out
 
         choices: dict[str, Any] = {
@@ -168,18 +168,14 @@ def average(
             raise UsageError("-o OUT is missing: the new folder for the merged checkpoint")
         if max_length is not None and not select:
             raise UsageError("--max-length is for --select: a merge has no texts")
+        if push:  # before hours of selecting and merging
+            _refuse_unwritable(push, yes or dry_run)
         if select and data:
-            by_position = {"--weights": weights, "--lambda": lam, "--rest-from": rest_from,
-                           "--tokenizer-from": tokenizer_from}  # fmt: skip
-            given = [flag for flag, value in by_position.items() if value is not None]
-            if given:
-                raise UsageError(f"{given[0]} goes by position, which --select changes: select first, then merge those")
+            _refuse_positions({"--weights": weights, "--lambda": lam, "--rest-from": rest_from,
+                               "--tokenizer-from": tokenizer_from})  # fmt: skip
             if out is not None:
                 check_out(out, [Path(checkpoint) for checkpoint in checkpoints if Path(checkpoint).is_dir()], overwrite)
             checkpoints, chosen = _select(checkpoints, select, data, base, max_length)
-        if push:
-            refuse_unasked(yes or dry_run)
-            check_target(push)
         if dry_run:
             prepared = prepare(checkpoints, **choices)
             warn(prepared.warnings)
@@ -208,11 +204,22 @@ def average(
         result = {"out": str(merged.out), **merged.manifest}
         if push:
             result["url"] = _pushed(merged.out, push, yes, any_model)
-        typer.echo(
-            json.dumps(result, indent=2)
-            if as_json
-            else "\n".join([str(merged.out), *([result["url"]] if push else [])])
-        )
+        typer.echo(json.dumps(result, indent=2) if as_json else str(merged.out))
+        if push and not as_json:
+            typer.echo(result["url"])
+
+
+def _refuse_positions(options: Mapping[str, object]) -> None:
+    given = [flag for flag, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{given[0]} goes by position, which --select changes: select first, then merge those")
+
+
+def _refuse_unwritable(repo: str, unasked: bool) -> None:
+    from warmerge.pipeline.push import check_target
+
+    refuse_unasked(unasked)
+    check_target(repo)
 
 
 def _pushed(out: Path, repo: str, yes: bool, any_model: bool) -> str:
