@@ -503,9 +503,9 @@ def test_the_lines_print_what_warmerge_scores(kind: str, texts: str, pad: str) -
         assert abs(float(wrong.getvalue()) - expected) > 1e-3, "the end-of-sequence token does not matter here"
 
 
-def test_the_lines_name_the_place_the_revision_and_the_code() -> None:
-    lines = scoring_lines('me/"rm"', "plain", "v1", trust_remote_code=True)
-    named = r'from_pretrained("me/\"rm\"", revision="v1", trust_remote_code=True'
+def test_the_lines_name_the_place_and_the_revision() -> None:
+    lines = scoring_lines('me/"rm"', "plain", "v1")
+    named = r'from_pretrained("me/\"rm\"", revision="v1"'
     assert lines.count(named) == 2
     compile(lines, "card", "exec")
 

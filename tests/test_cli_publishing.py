@@ -23,7 +23,6 @@ from test_cli import Done, environment, here
 import warmerge
 from warmerge.errors import RefusedError
 from warmerge.weights.locate import make_local, open_checkpoint
-from warmerge.weights.remote import asking
 
 pytestmark = pytest.mark.filterwarnings(CLIENT_WARNING)
 MODEL = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "warmerge.json"]
@@ -53,13 +52,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         running.tokens = {"good"}
         running.use(monkeypatch, tmp_path / "cache", token="good")
         yield running
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    waited: list[float] = []
-    monkeypatch.setattr(asking.time, "sleep", waited.append)
-    return waited
 
 
 def variables(hub: LoopbackHub, cache: Path) -> dict[str, str]:

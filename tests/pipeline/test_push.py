@@ -17,6 +17,8 @@ from conftest import write_checkpoint
 from loopback_hub import CLIENT_WARNING, Commit, Fault, LoopbackHub, not_found
 from reward_world import World, write_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_models import TEMPLATE
+from tiny_models import folder as tiny_folder
 
 import warmerge
 import warmerge.pipeline.push as push_module
@@ -26,7 +28,8 @@ from warmerge.pipeline.publication.contents import without_origin
 from warmerge.pipeline.publication.measured import read_measured
 from warmerge.pipeline.push import Proposal, propose, send
 from warmerge.report.card import CARD_MARK
-from warmerge.weights.remote import asking
+from warmerge.rewards.model import load_reward_model
+from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.remote.pushing import change
 
 pytestmark = pytest.mark.filterwarnings(CLIENT_WARNING)
@@ -76,14 +79,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         running.tokens = {"good"}
         running.use(monkeypatch, tmp_path / "cache", token="good")
         yield running
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been waited."""
-    waited: list[float] = []
-    monkeypatch.setattr(asking.time, "sleep", waited.append)
-    return waited
 
 
 def push(folder: Path, repo: str = "me/x", **choices: Any) -> warmerge.Pushed:
@@ -355,7 +350,7 @@ def test_what_says_nothing_of_the_machine_is_sent_to_the_byte(hub: LoopbackHub, 
 
 def test_no_local_path_is_in_anything_that_is_sent(hub: LoopbackHub, merged: Path, measured: Path, warm: Path) -> None:
     inside = {"model_type": "llama", "_name_or_path": f"/home/{SECRET}/text"}
-    edit(warm / "config.json", _name_or_path=f"/home/{SECRET}/run 7", text_config=inside)
+    edit(warm / "config.json", _name_or_path=f"/home/{SECRET}/run 7", aux_config=inside)
     edit(
         warm / "tokenizer_config.json",
         name_or_path=f"C:\\{SECRET}\\run", tokenizer_file=f"/{SECRET}/tokenizer.json",
@@ -373,7 +368,7 @@ def test_no_local_path_is_in_anything_that_is_sent(hub: LoopbackHub, merged: Pat
     for name, data in files.items():
         assert SECRET.encode() not in data, name
         assert str(warm.parent.parent).encode() not in data, name
-    assert json.loads(files["config.json"])["text_config"] == {"model_type": "llama"}
+    assert json.loads(files["config.json"])["aux_config"] == {"model_type": "llama"}
     record = json.loads(files["warmerge.json"])
     assert "command" not in record
     assert record["inputs"][0]["rank"] == 8
@@ -969,6 +964,35 @@ def test_the_licence_that_all_members_state(hub: LoopbackHub, warm: Path) -> Non
     proposal = push(warm).proposal
     assert (proposal.licence, proposal.licence_source) == ({"license": "apache-2.0"}, "that of all members")
     assert "\nlicense: apache-2.0\n" in sent(hub)["README.md"].decode()
+
+
+@pytest.mark.parametrize(("kind", "template", "rule", "ends"), [
+    ("llama", None, "plain", True), ("llama", TEMPLATE, "chat", False), ("gpt2", None, "plain", True),
+    ("bert", None, "plain", False), ("bert", TEMPLATE, "chat", False),
+])  # fmt: skip
+def test_how_texts_are_made_is_known_without_the_weights(
+    kind: str, template: str | None, rule: str, ends: bool, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_folder(kind, template=template), tmp_path / "copy"))
+    checkpoint = open_checkpoint(copy)
+    loaded = load_reward_model(checkpoint).renderer
+    (copy / "model.safetensors").unlink()
+    assert example.texts_of(checkpoint) == example.Texts(rule, ends)
+    assert (loaded.template, rule == "plain" and loaded.ends is not None) == (rule, ends)
+
+
+def test_a_config_that_makes_no_model_is_refused(hub: LoopbackHub, warm: Path) -> None:
+    edit(warm / "config.json", text_config={"x": 1})
+    with pytest.raises(RefusedError, match=r"warm/config.json: makes no model, so nobody can load it: 'dict' object"):
+        push(warm)
+    assert writes(hub) == []
+
+
+def test_lines_that_were_not_run_stand_in_the_card_and_say_so(hub: LoopbackHub, warm: Path) -> None:
+    card = push(warm, run_lines=False).proposal.card
+    assert 'AutoModelForSequenceClassification.from_pretrained("me/x", dtype="float32")' in card
+    assert "\nThese lines were not run when this card was written. " in card
+    assert re.search(r"^# -?[0-9.]+$", card, re.MULTILINE) is None
 
 
 def test_a_file_that_changes_meanwhile_is_not_sent(

@@ -19,7 +19,7 @@ from warmerge.errors import RefusedError, RemoteError, UsageError
 from warmerge.weights import locate
 from warmerge.weights.checkpoint import read_checkpoint
 from warmerge.weights.folder import LocalFolder, open_folder, read_bytes
-from warmerge.weights.remote import asking, reading
+from warmerge.weights.remote import reading
 from warmerge.weights.safetensors_format import build_header
 
 CONFIG = json.dumps({"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "pad_token_id": 0}).encode()
@@ -47,14 +47,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
     with LoopbackHub({"me/a": model(0), "me/b": model(7)}) as running:
         running.use(monkeypatch, tmp_path / "cache")
         yield running
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been waited."""
-    waited: list[float] = []
-    monkeypatch.setattr(asking.time, "sleep", waited.append)
-    return waited
 
 
 @pytest.mark.parametrize(

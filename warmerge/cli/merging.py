@@ -25,13 +25,12 @@ from warmerge.cli.shared import (
     table,
     warn,
 )
+from warmerge.cli.tables import print_inspection
 from warmerge.errors import UsageError, plain
 from warmerge.weights.rules import FLAGS, RULES
 
 if TYPE_CHECKING:
-    from warmerge.pipeline.inspect import Inspection
     from warmerge.pipeline.prepare import Prepared
-    from warmerge.weights.distances import Distances
 
 
 def average(
@@ -282,7 +281,7 @@ def inspect(
         if as_json:
             typer.echo(json.dumps(found.as_json(), indent=2))
         else:
-            _print_inspection(found)
+            print_inspection(found)
         if found.findings:
             raise typer.Exit(3)
 
@@ -341,41 +340,3 @@ def _plan_text(prepared: Prepared) -> str:
             "checks        all passed; nothing was written",
         ]
     )
-
-
-def _print_inspection(found: Inspection) -> None:
-    columns = ["checkpoint", "architecture", "head", "parameters", "dtype", "files", "tokenizer"]
-    cells = [
-        [r.checkpoint, r.architecture, r.head, f"{r.parameters:,}", r.dtype, str(r.files), r.tokenizer]
-        for r in found.rows
-    ]
-    table(columns, cells)
-    if found.distances is not None:
-        _print_distances(found.distances, [row.checkpoint for row in found.rows])
-    warn(found.warnings)
-    for finding in found.findings:
-        typer.echo(f"refused: {finding}")
-    if not found.findings and len(found.rows) > 1:
-        typer.echo("These checkpoints may be merged.")
-
-
-def _print_distances(distances: tuple[Distances, ...], labels: list[str]) -> None:
-    whole = distances[0]
-    if whole.cosines is None:
-        typer.echo("\nDistance |a - b| / |a|:")
-        table(
-            ["", *labels],
-            [[label, *(f"{v:.4g}" for v in row)] for label, row in zip(labels, whole.relative, strict=True)],
-        )
-        typer.echo("\nPart by part, to the first member:")
-        table(["part", *labels[1:]], [[d.group, *(f"{v:.4g}" for v in d.relative[0][1:])] for d in distances])
-        return
-    assert whole.norms is not None
-    assert whole.drift is not None
-    typer.echo("\nTask vectors (member - base): norm, norm / |base|, and cosines:")
-    rows = zip(labels, whole.norms, whole.drift, whole.cosines, strict=True)
-    table(
-        ["", "norm", "drift", *labels], [[a, f"{n:.4g}", f"{d:.4g}", *(f"{c:.3f}" for c in cs)] for a, n, d, cs in rows]
-    )
-    typer.echo("\nDrift part by part:")
-    table(["part", *labels], [[d.group, *(f"{v:.4g}" for v in d.drift or ())] for d in distances])

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from warmerge.cli.shared import table
+from warmerge.cli.shared import table, warn
 from warmerge.errors import plain
 
 if TYPE_CHECKING:
     from warmerge.pipeline.evaluate import Evaluation
+    from warmerge.pipeline.inspect import Inspection
     from warmerge.pipeline.lmc import Curve
     from warmerge.pipeline.probe import Probed
     from warmerge.pipeline.train import Trained
     from warmerge.pipeline.vs_m import AccuracyVsM
+    from warmerge.weights.distances import Distances
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -169,3 +171,42 @@ def print_probed(found: Probed) -> None:
         f"right on pairs of held-out prompts: {found.before:.3f} with the old head, {found.after:.3f} with the new one"
     )
     typer.echo(str(found.out))
+
+
+def print_inspection(found: Inspection) -> None:
+    """What checkpoints are, how far apart, and every reason why they would not be merged."""
+    columns = ["checkpoint", "architecture", "head", "parameters", "dtype", "files", "tokenizer"]
+    cells = [
+        [r.checkpoint, r.architecture, r.head, f"{r.parameters:,}", r.dtype, str(r.files), r.tokenizer]
+        for r in found.rows
+    ]
+    table(columns, cells)
+    if found.distances is not None:
+        _print_distances(found.distances, [row.checkpoint for row in found.rows])
+    warn(found.warnings)
+    for finding in found.findings:
+        typer.echo(f"refused: {finding}")
+    if not found.findings and len(found.rows) > 1:
+        typer.echo("These checkpoints may be merged.")
+
+
+def _print_distances(distances: tuple[Distances, ...], labels: list[str]) -> None:
+    whole = distances[0]
+    if whole.cosines is None:
+        typer.echo("\nDistance |a - b| / |a|:")
+        table(
+            ["", *labels],
+            [[label, *(f"{v:.4g}" for v in row)] for label, row in zip(labels, whole.relative, strict=True)],
+        )
+        typer.echo("\nPart by part, to the first member:")
+        table(["part", *labels[1:]], [[d.group, *(f"{v:.4g}" for v in d.relative[0][1:])] for d in distances])
+        return
+    assert whole.norms is not None
+    assert whole.drift is not None
+    typer.echo("\nTask vectors (member - base): norm, norm / |base|, and cosines:")
+    rows = zip(labels, whole.norms, whole.drift, whole.cosines, strict=True)
+    table(
+        ["", "norm", "drift", *labels], [[a, f"{n:.4g}", f"{d:.4g}", *(f"{c:.3f}" for c in cs)] for a, n, d, cs in rows]
+    )
+    typer.echo("\nDrift part by part:")
+    table(["part", *labels], [[d.group, *(f"{v:.4g}" for v in d.drift or ())] for d in distances])

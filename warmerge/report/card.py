@@ -60,7 +60,7 @@ class CardFacts:
         base_model: Hub ids that the user named: what local members were fine-tuned from.
         fingerprint: of these weights, in hex.
         parameters, dtype, head: of these weights; head such as "score.weight [1, 384]".
-        texts, ends_in_eos, trust_remote_code: as for `scoring_lines`; `texts` is None where it is not known.
+        texts, ends_in_eos: as for `scoring_lines`; `texts` is None where it is not known.
         example: lines that were run.
         evaluation: an eval.json that measured this model, called `evaluated_as` in its rows.
         curve: a curve.json of this model's members.
@@ -79,7 +79,6 @@ class CardFacts:
     head: str | None = None
     texts: str | None = None
     ends_in_eos: bool = False
-    trust_remote_code: bool = False
     example: Example | None = None
     evaluation: Mapping[str, Any] | None = None
     evaluated_as: str = "average"
@@ -119,28 +118,18 @@ def model_card(manifest: Mapping[str, Any] | None, facts: CardFacts) -> str:
     return "\n\n".join("\n".join(section).strip() for section in sections if section) + "\n"
 
 
-def scoring_lines(
-    place: str,
-    texts: str,
-    revision: str | None = None,
-    *,
-    ends_in_eos: bool = False,
-    trust_remote_code: bool = False,
-) -> str:
+def scoring_lines(place: str, texts: str, revision: str | None = None, *, ends_in_eos: bool = False) -> str:
     """Lines of Python that print the reward of an answer, the one that `warmerge score` gives in float32.
 
     Args:
         place: Hub id or folder.
         texts: "chat" or "plain", how texts are rendered.
         ends_in_eos: whether plain texts end in an end-of-sequence token that the tokenizer does not add by itself.
-        trust_remote_code: whether the model brings its own code.
 
     >>> scoring_lines("me/warm-rm", "plain").splitlines()[3]
     'tokenizer = AutoTokenizer.from_pretrained("me/warm-rm")'
     """
-    options = f", revision={_literal(revision)}" if revision else ""
-    options += ", trust_remote_code=True" if trust_remote_code else ""
-    source = f"{_literal(place)}{options}"
+    source = _literal(place) + (f", revision={_literal(revision)}" if revision else "")
     if texts == "chat":
         said = '[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]'
         tokens = f"tokenizer.apply_chat_template(\n    {said},\n    tokenize=True, return_dict=True, "
@@ -196,9 +185,7 @@ def _use(facts: CardFacts) -> list[str]:
     lines, place = [], facts.repo or "."
     example = facts.example
     if example is None and facts.texts is not None and facts.architecture.endswith(_CLASSIFIER):
-        made = scoring_lines(place, facts.texts, facts.revision, ends_in_eos=facts.ends_in_eos,
-                             trust_remote_code=facts.trust_remote_code)  # fmt: skip
-        example = Example(made, None)
+        example = Example(scoring_lines(place, facts.texts, facts.revision, ends_in_eos=facts.ends_in_eos), None)
     said = ""
     if example is not None:
         printed = [] if example.printed is None else [f"# {clean(line)}" for line in example.printed.splitlines()]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from warmerge.errors import Finding, RefusedError
 from warmerge.report.card import ANSWER, PROMPT, Example, scoring_lines
-from warmerge.rewards.model import LoadOptions, RewardModel, load_reward_model
+from warmerge.rewards.model import LoadOptions, is_causal, load_reward_model, transformers_config
+from warmerge.rewards.render import Renderer
 from warmerge.rewards.scoring import Tokens, score
+from warmerge.rewards.tokenizer import open_renderer, quiet
 from warmerge.weights.checkpoint import Checkpoint
 
 # Between the card's lines and warmerge's own scorer: both in float32, in sums of another order.
@@ -39,7 +41,7 @@ def run_example(checkpoint: Checkpoint, folder: Path, place: str, revision: str 
     """
     model = load_reward_model(checkpoint, LoadOptions(device="cpu", dtype="float32"))
     reward = float(score(model, Tokens(model.renderer, [(PROMPT, ANSWER)]))[0])
-    texts = _texts_of(model)
+    texts = _texts(model.renderer)
     del model  # the lines load it once more
     lines = scoring_lines(str(folder), texts.rule, ends_in_eos=texts.ends_in_eos)
     ended = _run(lines)
@@ -55,6 +57,25 @@ def run_example(checkpoint: Checkpoint, folder: Path, place: str, revision: str 
     return texts, Example(scoring_lines(place, texts.rule, revision, ends_in_eos=texts.ends_in_eos), said)
 
 
+def texts_of(checkpoint: Checkpoint) -> Texts:
+    """How the model's texts are made, from its config and tokenizer alone: whatever its size, no weight is read.
+
+    Raises:
+        RefusedError: a config that is no reward model's, or a tokenizer that cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = transformers_config(checkpoint, trust_remote_code=False)
+    try:
+        with torch.device("meta"), quiet():
+            module = AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # each model class has its own ways to fail on a value
+        what = f"makes no model, so nobody can load it: {error}"
+        raise RefusedError([Finding(f"{checkpoint.label}/config.json", what[:400])]) from error
+    return _texts(open_renderer(checkpoint, module, "auto", None, is_causal(module), trust_remote_code=False))
+
+
 def fits_in_memory(checkpoint: Checkpoint) -> bool:
     """Whether there is room for the model in float32 (four bytes a parameter, and some)."""
     try:
@@ -67,8 +88,7 @@ def fits_in_memory(checkpoint: Checkpoint) -> bool:
     return checkpoint.parameters * 4 * 1.3 < free
 
 
-def _texts_of(model: RewardModel) -> Texts:
-    renderer = model.renderer
+def _texts(renderer: Renderer) -> Texts:
     own = renderer.tokenizer("a")["input_ids"]
     ends = renderer.ends is not None and own[-1:] != [renderer.ends]
     return Texts(renderer.template, renderer.template == "plain" and ends)

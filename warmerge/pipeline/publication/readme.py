@@ -9,13 +9,14 @@ from typing import Any
 
 from warmerge.errors import Finding, UsageError
 from warmerge.pipeline.publication.contents import CARD, CURVE_FIGURE, EVAL_FIGURE
-from warmerge.pipeline.publication.example import fits_in_memory, run_example
+from warmerge.pipeline.publication.example import fits_in_memory, run_example, texts_of
 from warmerge.pipeline.publication.measured import Measured
 from warmerge.report.card import CARD_MARK, CardFacts, model_card
 from warmerge.report.card_figures import curve_picture, eval_picture
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes
 
+_TOO_LARGE = "the model does not fit into this machine's memory in float32"
 OWN = Finding(CARD, "is your own and is sent as it is; delete it to get a card by warmerge")
 
 
@@ -65,16 +66,25 @@ def written_card(
         member_names=measured.member_names,
         figures={kind: name for kind, (content, name) in drawn.items() if content is not None},
     )  # fmt: skip
-    why = "--no-run" if not run_lines else _why_not_run(checkpoint, facts)
+    why = _why_not_loaded(checkpoint, facts)
     if why:
-        return model_card(manifest, facts), [Finding(CARD, f"its lines that load and score were not run: {why}")]
+        return model_card(manifest, facts), [_not_run(why)]
+    why = "--no-run" if not run_lines else "" if fits_in_memory(checkpoint) else _TOO_LARGE
+    if why:
+        texts = texts_of(checkpoint)
+        return model_card(manifest, replace(facts, texts=texts.rule, ends_in_eos=texts.ends_in_eos)), [_not_run(why)]
     texts, example = run_example(checkpoint, Path(checkpoint.folder.path), str(facts.repo), facts.revision)
     return model_card(manifest, replace(facts, texts=texts.rule, ends_in_eos=texts.ends_in_eos, example=example)), []
 
 
-def _why_not_run(checkpoint: Checkpoint, facts: CardFacts) -> str:
+def _not_run(why: str) -> Finding:
+    return Finding(CARD, f"its lines that load and score were not run: {why}")
+
+
+def _why_not_loaded(checkpoint: Checkpoint, facts: CardFacts) -> str:
+    """Why the card's lines are not for this model; "" where they are."""
     if (checkpoint.config or {}).get("auto_map"):
         return "the model brings its own code"
     if not facts.architecture.endswith("ForSequenceClassification"):
         return f"{facts.architecture or 'the model'} is not loaded by AutoModelForSequenceClassification"
-    return "" if fits_in_memory(checkpoint) else "the model does not fit into this machine's memory in float32"
+    return ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import RemoteError, UsageError, plain
-from warmerge.weights.remote.asking import Place, ask, status_of
+from warmerge.weights.remote.asking import ATTEMPTS, Place, ask, status_of
 from warmerge.weights.remote.reading import parse_hub_id
 
 # Another commit was made since the one that this one was to follow.
@@ -39,7 +39,7 @@ class Target:
     @property
     def url(self) -> str:
         """The address of its page."""
-        return f"{_api().endpoint}/{self.repo}" + (f"/tree/{self.revision}" if self.revision else "")
+        return page(self.repo) + (f"/tree/{self.revision}" if self.revision else "")
 
     @property
     def place(self) -> Place:
@@ -170,7 +170,7 @@ def commit(target: Target, change: Change, message: str, create_pr: bool) -> Pub
     if not target.exists:
         ask(lambda: api.create_repo(target.repo, private=target.private, exist_ok=True), place)
         target = _made(target)
-    elif target.revision is not None and not create_pr:
+    elif target.new_branch:
         branch = str(target.revision)
         ask(lambda: api.create_branch(target.repo, branch=branch, revision=target.head, exist_ok=True), place)
     if change.nothing:  # the branch alone
@@ -186,7 +186,7 @@ def commit(target: Target, change: Change, message: str, create_pr: bool) -> Pub
     ask(upload, place)
     try:
         # A pull request is asked for once only: if its answer were lost, asking again would make a second one.
-        made = ask(lambda: _commit(target, change, message, create_pr), place, attempts=1 if create_pr else 4)
+        made = ask(lambda: _commit(target, change, message, create_pr), place, attempts=1 if create_pr else ATTEMPTS)
     except RemoteError as error:
         status = status_of(error.__cause__ or error)
         if create_pr and status is None:
