@@ -18,7 +18,7 @@ from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, ope
 from warmerge.rewards.corruption import memorised, read_corruption, split_by_corruption
 from warmerge.rewards.ensembles import ENSEMBLES, Scored, constant, ensemble_moved, with_ensembles
 from warmerge.rewards.model import RewardModel, fill, load_reward_model
-from warmerge.rewards.scoring import method_of, one_by_one
+from warmerge.rewards.scoring import doubts_of
 from warmerge.rewards.smoothness import Sample, movements, sample_changes
 from warmerge.weights.checkpoint import read_json
 from warmerge.weights.locate import open_checkpoint
@@ -204,10 +204,7 @@ def _score_all(
     for name, checkpoint, kind in [*others, *((name, spec, "member") for name, spec in members.items())]:
         model = None  # frees the last one first
         model = load_reward_model(checkpoint, bench.measuring.loading, bench.measuring.base)
-        doubts += model.warnings
-        if method_of(model) is one_by_one:
-            what = "is scored one text at a time: no faster way agrees with its own output"
-            doubts.append(Finding(str(checkpoint), what))
+        doubts += doubts_of(model)
         measure(model, name, kind)
     for merge in merges:
         assert model is not None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, Interrupted, UsageError, plain
+from warmerge.pipeline.kept import read_kept, write_kept
 from warmerge.pipeline.prepare import Prepared, Spec, mixture, prepare
 from warmerge.rewards.bench import Bench
 from warmerge.rewards.model import RewardModel, fill, load_reward_model
@@ -121,8 +121,6 @@ class Mixtures:
         return f"stopped; {points} kept in {plain(str(self.store))}; the same command goes on there"
 
     def _save(self) -> None:
-        from safetensors.numpy import save
-
         if self.store is None:
             return
         points = {
@@ -130,11 +128,8 @@ class Mixtures:
             for weights, sets in self.known.items()
             for name, rewards in sets.items()
         }
-        metadata = {"fingerprint": self.fingerprint, "facts": json.dumps(self.facts), "digest": _digest(points)}
-        self.store.mkdir(parents=True, exist_ok=True)
-        partial = self.store / f".{POINTS}.partial"
-        partial.write_bytes(save(points, metadata=metadata))
-        os.replace(partial, self.store / POINTS)
+        metadata = {"fingerprint": self.fingerprint, "facts": json.dumps(self.facts)}
+        write_kept(self.store / POINTS, points, metadata)
 
 
 def open_mixtures(
@@ -151,7 +146,7 @@ def open_mixtures(
     """
     prepared, loading = prepare(checkpoints, base=bench.measuring.base), asdict(bench.measuring.loading)
     inputs: list[Any] = [plan_fingerprint(prepared.plan, prepared.fingerprints), loading, versions()]
-    inputs += [_small_files(prepared.plan.members[0])]
+    inputs += [digests_of_small_files(prepared.plan.members[0])]
     inputs += sorted({(subset.scored, subset.preferences.fingerprint) for subset in bench.sets})
     fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     known: dict[Weights, dict[str, Array]] = {}
@@ -165,7 +160,7 @@ def open_mixtures(
     return Mixtures(prepared, bench, store, fingerprint, known, facts, overwrite)
 
 
-def _small_files(checkpoint: Checkpoint) -> dict[str, str]:
+def digests_of_small_files(checkpoint: Checkpoint) -> dict[str, str]:
     """Digests of what turns texts into tokens and weights into a model: config, tokenizer, template, code."""
     names = (*small_files.OTHER_FILES, *small_files.TOKENIZER_FILES)
     files = {name: small_files.small_file(checkpoint, name) for name in names} | small_files.code_files(checkpoint)
@@ -173,30 +168,17 @@ def _small_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _stored(store: Path, fingerprint: str) -> tuple[dict[Weights, dict[str, Array]], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
     path = store / POINTS
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            points = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        points, metadata = read_kept(path)
         if metadata.get("fingerprint") != fingerprint:
             what = "holds points of other checkpoints, data, options or versions"
             raise UsageError(f"{plain(str(store))} {what}; choose another -o, or add --overwrite")
-        if metadata.get("digest") != _digest(points):
-            raise ValueError("its contents changed")
         facts: dict[str, Any] = json.loads(metadata["facts"])
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise UsageError(f"{plain(str(path))} is damaged ({error}); add --overwrite to start anew") from None
     known: dict[Weights, dict[str, Array]] = {}
     for key, rewards in points.items():
         name, *weights = json.loads(key)
         known.setdefault(tuple(weights), {})[name] = rewards
     return known, facts
-
-
-def _digest(points: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(points):
-        digest.update(key.encode() + points[key].tobytes())
-    return digest.hexdigest()

@@ -14,15 +14,13 @@ from typing import Any
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted, some
 from warmerge.pipeline.prepare import Spec
 from warmerge.rewards.bench import cut_words
-from warmerge.rewards.layouts import LAYOUTS, BadRow, Layout, recognise
+from warmerge.rewards.layouts import BadRow, Layout, answer_to, recognise
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import Text, read_rows
+from warmerge.rewards.pairs import Text, read_rows, refused_rows
 from warmerge.rewards.scoring import Tokens, score
 
 # What the answer to a prompt is called where a row has one only.
 ANSWERS = ("completion", "response", "answer", "output")
-_SHOWN = 10
-_EXPLICIT = next(layout for layout in LAYOUTS if layout.name == "TRL explicit prompt")
 Row = Mapping[str, Any]
 
 
@@ -128,7 +126,7 @@ def reward_function(
         texts: list[tuple[Text, Text]] = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
-                texts.append(_answer(prompt, completion, f"completions[{i}]", i))
+                texts.append(answer_to(prompt, completion, f"completions[{i}]", i))
             except BadRow as error:
                 raise RefusedError([Finding(f"text {i + 1}", str(error))]) from None
         return list(map(float, score(model, Tokens(model.renderer, texts), batch_tokens)))
@@ -153,9 +151,7 @@ def _read(data: str, column: str, skip_bad_rows: bool) -> tuple[list[tuple[Row, 
     if not found:
         raise RefusedError([Finding(data, "is empty: there is no row in it")])
     if bad and not (skip_bad_rows and rows):
-        more = f"... and {len(bad) - _SHOWN} more bad rows; " if len(bad) > _SHOWN else ""
-        hint = "--skip-bad-rows leaves bad rows out and counts them" if rows else "no good row is left"
-        raise RefusedError([*bad[:_SHOWN], Finding(data, more + hint)])
+        raise refused_rows(bad, data, rest_is_good=bool(rows))
     taken = {entry.name for row, columns in rows for entry in columns if entry.name in row}
     if taken:
         raise UsageError(f"{plain(data)} has a column {some(taken)} already; name another: --column")
@@ -183,24 +179,15 @@ def _columns(row: Row, number: int, column: str, pairs: tuple[Layout, frozenset[
     if candidates is not None:
         if not isinstance(candidates, list) or not candidates:
             raise BadRow("'candidates' is not a list of one text or more")
-        answers = [_answer(prompt, answer, f"candidates[{i}]", number) for i, answer in enumerate(candidates)]
+        answers = [answer_to(prompt, answer, f"candidates[{i}]", number) for i, answer in enumerate(candidates)]
         return [_Column(column, tuple(answers), True)]
     named = [name for name in ANSWERS if row.get(name) is not None]
     if prompt is None and not named and row.get("text") is not None:
-        return [_Column(column, (_answer("", row["text"], "text", number),), False)]
+        return [_Column(column, (answer_to("", row["text"], "text", number),), False)]
     if prompt is None or len(named) != 1:
         forms = f"chosen and rejected; prompt and candidates; prompt and one of {', '.join(ANSWERS)}; text"
         raise BadRow(f"has the columns {some(row)}; expected {forms}")
-    return [_Column(column, (_answer(prompt, row[named[0]], named[0], number),), False)]
-
-
-def _answer(prompt: Any, answer: Any, name: str, number: int) -> tuple[Text, Text]:
-    """A prompt and its answer as they would be read from a pair, so that a text has one reward wherever it stands."""
-    try:
-        (found,) = _EXPLICIT.parse({"prompt": prompt, "chosen": answer, "rejected": answer}, number, frozenset())
-    except BadRow as error:
-        raise BadRow(str(error).replace("'chosen", f"'{name}", 1)) from None
-    return found.prompt, found.chosen[0]
+    return [_Column(column, (answer_to(prompt, row[named[0]], named[0], number),), False)]
 
 
 def _json(row: Row) -> str:

@@ -186,6 +186,27 @@ LAYOUTS = (
 )
 
 
+def answer_to(prompt: Any, answer: Any, name: str, number: int) -> tuple[Text, Text]:
+    """A prompt and its answer as they would be read from a pair, so that a text has one reward wherever it stands.
+
+    Args:
+        name: what the answer is called where it stands, such as "candidates[3]".
+        number: of the row, from 1.
+
+    Raises:
+        BadRow: one of them is no text and no list of messages.
+
+    >>> answer_to("Say hi.", None, "candidates[3]", 1)
+    Traceback (most recent call last):
+    warmerge.rewards.layouts.BadRow: 'candidates[3]' is null
+    """
+    try:
+        (found,) = _explicit({"prompt": prompt, "chosen": answer, "rejected": answer}, number, frozenset())
+    except BadRow as error:
+        raise BadRow(str(error).replace("'chosen", f"'{name}", 1)) from None
+    return found.prompt, found.chosen[0]
+
+
 # --- prompts and answers ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,8 @@ from warmerge.rewards.layouts import LAYOUTS, BadRow, Comparison, Message, Row, 
 
 __all__ = [
     "Comparison", "Message", "PreferenceSet", "Text", "UniqueTexts",
-    "parse_named", "read_all", "read_preferences", "read_rows", "unique_texts",
+    "distinct", "parse_named", "read_all", "read_preferences", "read_rows", "refused_rows",
+    "unique_texts",
 ]  # fmt: skip
 _SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>[\w.-]+))?")
@@ -141,7 +142,7 @@ def read_preferences(
             except BadRow as error:
                 bad.append(Finding(f"{file}:{number}", str(error)))
     if bad and not (skip_bad_rows and comparisons):
-        raise RefusedError(_shown(bad, source, rest_is_good=bool(comparisons)))
+        raise refused_rows(bad, source, rest_is_good=bool(comparisons))
     assert known is not None, "no good row, no layout: refused above"
     kept = tuple(comparisons if limit is None else _sample(comparisons, limit, seed))
     return PreferenceSet(name, source, known[0].name, kept, len(bad), _fingerprint(kept))
@@ -162,26 +163,38 @@ def read_all(
 
 
 def unique_texts(preferences: PreferenceSet) -> UniqueTexts:
-    """Every (prompt, answer) of a set once, as first seen; a plain text never equals a message with the same words."""
-    prompts: dict[Hashable, Text] = {}
-    numbers: dict[Hashable, int] = {}
-    texts: list[tuple[Text, Text]] = []
-
-    def number_of(prompt: Text, prompt_key: Hashable, answer: Text) -> int:
-        key = (prompt_key, _hashable(answer))
-        if key not in numbers:
-            numbers[key] = len(texts)
-            texts.append((prompt, answer))
-        return numbers[key]
-
+    """Every (prompt, answer) of a set once, as first seen."""
+    comparisons = preferences.comparisons
+    texts, numbers = distinct((c.prompt, answer) for c in comparisons for answer in (*c.chosen, *c.rejected))
+    number = iter(numbers)
     chosen, rejected = [], []
-    for comparison in preferences.comparisons:
-        key = _hashable(comparison.prompt)
-        prompt = prompts.setdefault(key, comparison.prompt)
-        chosen.append(tuple(number_of(prompt, key, answer) for answer in comparison.chosen))
-        rejected.append(tuple(number_of(prompt, key, answer) for answer in comparison.rejected))
-    clusters = tuple(comparison.cluster for comparison in preferences.comparisons)
-    return UniqueTexts(tuple(texts), tuple(chosen), tuple(rejected), clusters)
+    for comparison in comparisons:
+        chosen.append(tuple(next(number) for _ in comparison.chosen))
+        rejected.append(tuple(next(number) for _ in comparison.rejected))
+    clusters = tuple(comparison.cluster for comparison in comparisons)
+    return UniqueTexts(texts, tuple(chosen), tuple(rejected), clusters)
+
+
+def distinct(answers: Iterable[tuple[Text, Text]]) -> tuple[tuple[tuple[Text, Text], ...], list[int]]:
+    """Every (prompt, answer) once, as first seen, and which of them each one is.
+
+    Equal prompts are one object. A plain text never equals a message with the same words.
+
+    >>> distinct([("hi", "a"), ("hi", "b"), ("hi", "a")])
+    ((('hi', 'a'), ('hi', 'b')), [0, 1, 0])
+    """
+    prompts: dict[Hashable, Text] = {}
+    found: dict[Hashable, int] = {}
+    texts: list[tuple[Text, Text]] = []
+    numbers = []
+    for prompt, answer in answers:
+        prompt_key = _hashable(prompt)
+        key = (prompt_key, _hashable(answer))
+        if key not in found:
+            found[key] = len(texts)
+            texts.append((prompts.setdefault(prompt_key, prompt), answer))
+        numbers.append(found[key])
+    return tuple(texts), numbers
 
 
 def _hashable(text: Text) -> Hashable:
@@ -209,8 +222,8 @@ def _fingerprint(comparisons: Sequence[Comparison]) -> str:
     return digest.hexdigest()
 
 
-def _shown(bad: Sequence[Finding], source: str, rest_is_good: bool) -> list[Finding]:
-    """The first bad rows, and what to do about all of them."""
+def refused_rows(bad: Sequence[Finding], source: str, rest_is_good: bool) -> RefusedError:
+    """The refusal of a source with bad rows: the first of them, and what to do about all."""
     more = len(bad) - _SHOWN
     if not rest_is_good:
         what = f"... and {more} more bad rows; no good row is left" if more > 0 else "no good row is left"
@@ -218,7 +231,7 @@ def _shown(bad: Sequence[Finding], source: str, rest_is_good: bool) -> list[Find
         what = f"... and {more} more bad rows; --skip-bad-rows leaves them out and counts them"
     else:
         what = "--skip-bad-rows leaves bad rows out and counts them"
-    return [*bad[:_SHOWN], Finding(source, what)]
+    return RefusedError([*bad[:_SHOWN], Finding(source, what)])
 
 
 def _unknown_layout(source: str, row: Row) -> Finding:

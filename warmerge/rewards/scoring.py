@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from warmerge.rewards.pairs import Text
 
 __all__ = [
-    "Group", "Tokens", "group_by_prefix", "method_of", "one_by_one", "padded", "prefix_reuse", "score",
+    "Group", "Tokens", "doubts_of", "group_by_prefix", "method_of", "one_by_one", "padded", "prefix_reuse", "score",
     "scored_position",
 ]  # fmt: skip
 # Texts tokenised at a time: few at first, so that the model starts early; many later, so that lengths match.
@@ -140,6 +140,13 @@ def method_of(model: RewardModel) -> Callable[[Any, Ids, int], Batches]:
         preferred = prefix_reuse if is_causal(module) else padded
         _METHODS[module] = preferred if _agrees(preferred, module, model.renderer.max_length) else one_by_one
     return _METHODS[module]
+
+
+def doubts_of(model: RewardModel) -> list[Finding]:
+    """Reasons for doubt found on loading a model, and whether it is scored the slow way."""
+    slow = method_of(model) is one_by_one
+    what = "is scored one text at a time: no faster way agrees with its own output"
+    return [*model.warnings, *([Finding(model.label, what)] if slow else [])]
 
 
 def _agrees(method: Callable[[Any, Ids, int], Batches], module: Any, max_length: int) -> bool:
