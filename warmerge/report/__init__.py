@@ -6,10 +6,21 @@ rows      what the figures read out of rows; names that fit and stay distinct
 canvas    how every figure looks, and how it is saved: the same bytes each time
 figures   the figures themselves
 learning  learning curves of a run's members
+best_of_n best-of-N: rewards against n, win rates
 """
 
+from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.card import model_card
 from warmerge.report.figures import eval_figure, heat_map, lmc_figure, sparkline, vs_m_figure
 from warmerge.report.learning import learning_figure
 
-__all__ = ["eval_figure", "heat_map", "learning_figure", "lmc_figure", "model_card", "sparkline", "vs_m_figure"]
+__all__ = [
+    "best_of_n_figure",
+    "eval_figure",
+    "heat_map",
+    "learning_figure",
+    "lmc_figure",
+    "model_card",
+    "sparkline",
+    "vs_m_figure",
+]

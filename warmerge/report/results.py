@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import UsageError, plain
+from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
 from warmerge.report.learning import learning_figure
 
 # What each kind of result is: its JSON file's stem, its tables; what draws it, and from which of them.
-EVAL, CURVE, VS_M, TRAINING = "eval", "curve", "vs_m", "training"
+EVAL, CURVE, VS_M, TRAINING, BON = "eval", "curve", "vs_m", "training", "bon"
 _TABLES = {
     EVAL: ("rows", "differences", "movements"),
     CURVE: ("rows", "verdicts"),
     VS_M: ("rows",),
     TRAINING: ("rows", "members", "accuracies"),
+    BON: ("rows", "differences", "wins", "peaks", "fits", "proxies"),
 }
 _FIGURES: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
     EVAL: (eval_figure, ("rows",)),
     CURVE: (lmc_figure, ("rows",)),
     VS_M: (vs_m_figure, ("rows",)),
     TRAINING: (learning_figure, ("rows", "accuracies")),
+    BON: (best_of_n_figure, ("rows", "wins")),
 }
 
 
