@@ -1,0 +1,80 @@
+"""Which prompts a reward model was trained on, where train.json says so: a choice among answers to them flatters it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from warmerge.errors import Finding, WarmergeError, plain
+from warmerge.rewards.layouts import Comparison, Text
+from warmerge.rewards.pairs import parse_named, read_preferences
+from warmerge.rewards.pools import said
+from warmerge.training.record import MEMBERS, TRAIN
+from warmerge.weights.output import MANIFEST
+
+
+def seen_in_training(folders: Iterable[Path], prompts: Sequence[Text]) -> list[Finding]:
+    """A warning for each training run of these models that has some of these prompts in its data, or might.
+
+    A member of `warmerge train` lies beside its run's train.json; a merge says in warmerge.json what it was made of.
+    Models without either say nothing, and nothing is said of them.
+
+    Args:
+        folders: of checkpoints on this machine.
+        prompts: those that the models will be judged on, repeats included.
+    """
+    runs = sorted({run for folder in folders for run in _runs(folder)})
+    wanted = {said(prompt) for prompt in prompts}
+    return [finding for run in runs for finding in _shared(run, wanted)]
+
+
+def _runs(folder: Path, above: frozenset[Path] = frozenset()) -> set[Path]:
+    """The folders with a train.json that a model comes from; `above` are the merges on the way to it."""
+    folder = folder.resolve()
+    run = folder.parent.parent
+    if folder.parent.name == MEMBERS and (run / TRAIN).is_file():
+        return {run}
+    try:
+        inputs = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
+        named = [str(entry["checkpoint"]) for entry in inputs]  # members, and the base of task vectors
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    if folder in above:
+        return set()
+    # As it was typed: relative to where the merge was made, which is often here, or beside its output.
+    places = [place for name in named for place in (Path(name), folder.parent / name) if place.is_dir()]
+    return {run for place in places for run in _runs(place, above | {folder})}
+
+
+def _shared(run: Path, wanted: set[str]) -> list[Finding]:
+    where = str(run / TRAIN)
+    try:
+        record = json.loads((run / TRAIN).read_text(encoding="utf-8"))
+        asked, limit, seed = record["asked"], record["measuring"]["limit"], record["measuring"]["seed"]
+        source, fingerprint = parse_named(asked["data"])[1], asked["data_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, WarmergeError):
+        return [Finding(where, "cannot be read: whether these models were trained on the pool's prompts is unknown")]
+    # Relative to where it was typed: beside the run's folder most often, or here.
+    path = next((place for place in (run.parent / source, Path(source)) if place.exists()), None)
+    if path is None:
+        what = f"its training data {plain(source)} is not here: whether it holds the pool's prompts is unknown"
+        return [Finding(where, what)]
+    try:
+        found = read_preferences(str(path), skip_bad_rows=True, limit=limit, seed=seed)
+    except WarmergeError as error:
+        return [Finding(where, f"its training data cannot be read, so that its prompts are unknown: {error}")]
+    both, changed = wanted & {_prompt(comparison) for comparison in found.comparisons}, found.fingerprint != fingerprint
+    if changed and not both:
+        what = f"its training data {plain(source)} has changed since: whether it held the pool's prompts is unknown"
+        return [Finding(where, what)]
+    if not both:
+        return []
+    now = ", as it is now: it has changed since" if changed else ""
+    what = f"{len(both)} of the pool's {len(wanted)} prompts are in its training data ({plain(source)}{now})"
+    return [Finding(where, f"{what}; models do better on what they were trained on: use other prompts")]
+
+
+def _prompt(comparison: Comparison) -> str:
+    """What was asked; of whole texts, which have no prompt of their own, how both begin."""
+    return said(comparison.prompt) if comparison.prompt else comparison.cluster
