@@ -27,7 +27,9 @@ FLOORS = {
 # report/ turns rows into figures: it knows none of the floors, and only commands use it.
 BELOW_REPORT = 0
 # Tools of several commands, no commands themselves.
-_TOOLS = ("prepare", "mixtures", "ranking", "engine", "publication")
+_TOOLS = (
+    "prepare", "kept", "mixtures", "ranking", "proxies", "scorebook", "choosers", "sampling", "engine", "publication",
+)  # fmt: skip
 SHARED_BY_COMMANDS = {f"warmerge.pipeline.{tool}" for tool in _TOOLS}
 # Libraries that one place alone may import.
 ONLY_IN = {

@@ -21,21 +21,36 @@ from warmerge.weights.small_files import OTHER_FILES, TOKENIZER_FILES, architect
 
 def open_language_model(source: Checkpoint, trust_remote_code: bool) -> Any:
     """The language model in float32, every weight from its file."""
-    from transformers import AutoModelForCausalLM
-
     assert isinstance(source.folder, LocalFolder), "fine-tuning starts from files on this machine"
     config = transformers_config(source, trust_remote_code, labels=1)
-    if (kind := _not_causal(source, config)) is not None:
+    if (kind := not_causal(source, config)) is not None:
         what = f"--sft-steps needs a causal language model; {plain(source.label)} is {kind}: leave --sft-steps away"
         raise RefusedError([Finding("--base", what)])
+    return load_language_model(source, config, torch.float32, trust_remote_code, "fine-tuned")
+
+
+def load_language_model(
+    source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool, purpose: str
+) -> Any:
+    """The language model of a folder on this machine, every weight from its file.
+
+    Args:
+        purpose: what it cannot be if transformers does not load it: "fine-tuned".
+
+    Raises:
+        RefusedError: transformers cannot load it; weights that are missing, not known or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    assert isinstance(source.folder, LocalFolder), "models are loaded from files on this machine"
     try:
         with quiet():
             module, info = AutoModelForCausalLM.from_pretrained(
-                source.folder.path, config=config, dtype=torch.float32, use_safetensors=True,
+                source.folder.path, config=config, dtype=dtype, use_safetensors=True,
                 trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        raise RefusedError([Finding(source.label, f"cannot be fine-tuned: {error}"[:400])]) from error
+        raise RefusedError([Finding(source.label, f"cannot be {purpose}: {error}"[:400])]) from error
     wrong = [
         Finding(source.label, f"{len(names)} tensors {what}: {some(names)}")
         for names, what in (
@@ -50,7 +65,7 @@ def open_language_model(source: Checkpoint, trust_remote_code: bool) -> Any:
     return module
 
 
-def _not_causal(source: Checkpoint, config: Any) -> str | None:
+def not_causal(source: Checkpoint, config: Any) -> str | None:
     """What a model is that predicts no next token, or None."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
