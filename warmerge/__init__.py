@@ -14,11 +14,14 @@ from warmerge.errors import Finding, Interrupted, RefusedError, RemoteError, Usa
 
 if TYPE_CHECKING:
     from warmerge.pipeline.average import Merged, average, average_into
+    from warmerge.pipeline.bon import BestOfN, Policy, best_of_n
     from warmerge.pipeline.evaluate import Evaluation, evaluate
     from warmerge.pipeline.inspect import Inspection, inspect
     from warmerge.pipeline.lmc import Curve, lmc_curve
     from warmerge.pipeline.probe import Probed, probe
+    from warmerge.pipeline.proxies import Proxy
     from warmerge.pipeline.push import Pushed, push
+    from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
     from warmerge.pipeline.score import ScoredFile, reward_function, score_file
     from warmerge.pipeline.train import Trained, train
     from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccuracyVsM",
+    "BestOfN",
     "Curve",
     "Evaluation",
     "Finding",
@@ -38,11 +42,15 @@ __all__ = [
     "LoadOptions",
     "Measuring",
     "Merged",
+    "Policy",
     "Probed",
+    "Proxy",
     "Pushed",
     "Recipe",
     "RefusedError",
     "RemoteError",
+    "SampledPool",
+    "Sampling",
     "ScoredFile",
     "SftRecipe",
     "TrainSettings",
@@ -52,12 +60,14 @@ __all__ = [
     "accuracy_vs_m",
     "average",
     "average_into",
+    "best_of_n",
     "evaluate",
     "inspect",
     "lmc_curve",
     "probe",
     "push",
     "reward_function",
+    "sample_pool",
     "score_file",
     "train",
 ]
@@ -67,6 +77,13 @@ _LAZY = {
     "Merged": "warmerge.pipeline.average",
     "average": "warmerge.pipeline.average",
     "average_into": "warmerge.pipeline.average",
+    "BestOfN": "warmerge.pipeline.bon",
+    "Policy": "warmerge.pipeline.bon",
+    "best_of_n": "warmerge.pipeline.bon",
+    "Proxy": "warmerge.pipeline.proxies",
+    "SampledPool": "warmerge.pipeline.sampling",
+    "Sampling": "warmerge.pipeline.sampling",
+    "sample_pool": "warmerge.pipeline.sampling",
     "Evaluation": "warmerge.pipeline.evaluate",
     "evaluate": "warmerge.pipeline.evaluate",
     "Inspection": "warmerge.pipeline.inspect",

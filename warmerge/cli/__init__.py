@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from warmerge.cli import merging, publishing, scoring, training
+from warmerge.cli import choosing, merging, publishing, scoring, training
 
 app = typer.Typer(
     help="One robust reward model out of many: train, check, average and measure reward models (WARM).",
@@ -30,6 +30,7 @@ app.command()(scoring.score)
 app.command()(scoring.plot)
 app.command()(training.train)
 app.command()(training.probe)
+app.command()(choosing.bon)
 app.command()(publishing.push)
 
 

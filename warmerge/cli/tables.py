@@ -12,6 +12,7 @@ from warmerge.cli.shared import table, warn
 from warmerge.errors import plain
 
 if TYPE_CHECKING:
+    from warmerge.pipeline.bon import BestOfN
     from warmerge.pipeline.evaluate import Evaluation
     from warmerge.pipeline.inspect import Inspection
     from warmerge.pipeline.lmc import Curve
@@ -139,6 +140,68 @@ def _print_notes(notes: Sequence[str], record: Mapping[str, Any]) -> None:
 
 def _heading(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"\n{plain(name)}: n = {rows[0]['n']} comparisons of {rows[0]['prompts']} prompts"
+
+
+def print_best_of_n(found: BestOfN) -> None:
+    """What the choices are worth by each target, what the proxies cost, how their curves bend, notes."""
+    rows, n = [row for row in found.rows if row["n"] == found.record["n"]], found.record["n"]
+    typer.echo(f"\nbest of n = {n}, {rows[0]['prompts']} prompts, {found.record['pool']['candidates']} candidates")
+    for target in ("gold", "control"):
+        if target in rows[0]:
+            _print_choices(found, rows, target)
+    if not {"gold", "control"} & rows[0].keys():
+        cells = [[row["proxy"], _interval(row, "gain", "gain_low", "gain_high")] for row in rows if "gain" in row]
+        table(["proxy", f"own reward at {n}, in std above the pool's mean [95 %]"], cells)
+    made = [row for row in found.proxies if "texts_scored" in row]
+    table(
+        ["proxy", "texts scored", "seconds", "weights MB", "reward mean", "reward std", "corr(reward, length)"],
+        [
+            [row["proxy"], f"{row['texts_scored']:,}", _number(row["seconds"], ".1f"),
+             _number(row["weights_bytes"] / 1e6, ".0f"), _number(row["reward_mean"], ".3g"),
+             _number(row["reward_std"], ".3g"), _number(row["length_correlation"], ".2f")]
+            for row in made
+        ],
+    )  # fmt: skip
+    for fit in found.fits[:1]:
+        typer.echo(f"Gao's {fit['target']}(n) - {fit['target']}(1) = d (alpha - beta d), d = sqrt(log n - (n-1)/n):")
+        table(
+            ["proxy", "of", "alpha [95 %]", "beta [95 %]", "rms left"],
+            [
+                [row["proxy"], row["target"], _interval(row, "alpha", "alpha_low", "alpha_high"),
+                 _interval(row, "beta", "beta_low", "beta_high"), f"{row['rms']:.3f}"]
+                for row in found.fits
+            ],
+        )  # fmt: skip
+    for note in found.record["notes"]:
+        typer.echo(f"note: {note}")
+    typer.echo(f"intervals: {found.record['intervals']}")
+    typer.echo(f"choices of {plain(found.record['chooser'])}: {plain(str(found.chosen))}")
+
+
+def _print_choices(found: BestOfN, rows: Sequence[Mapping[str, Any]], target: str) -> None:
+    """What the choices are worth by one target: its curve, its value at n, against the first proxy, its peak."""
+    from warmerge.report import sparkline
+
+    n, first = rows[0]["n"], rows[0]["proxy"]
+    curves = {row["proxy"]: [r[target] for r in found.rows if r["proxy"] == row["proxy"]] for row in rows}
+    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
+    minus = {row["proxy"]: row for row in found.differences if (row["target"], row["n"]) == (target, n)}
+    peaks = {row["proxy"]: row for row in found.peaks if row["target"] == target}
+    judge = next(name for name in ("gold", "control") if name in rows[0])
+    columns = ["proxy", f"n = 1 to {n}", f"{target} at {n} [95 %]", f"minus {plain(first)} [95 %]"]
+    columns += ["highest at n [95 %]"]
+    columns += ["beats a random one [95 %]"] if target == judge else []
+    columns += ["regret [95 %]"] if target == "gold" else []
+    cells = []
+    for row in rows:
+        name, peak = row["proxy"], peaks.get(row["proxy"])
+        cell = [name, sparkline(curves[name], low, high), _interval(row, target, f"{target}_low", f"{target}_high")]
+        cell += [_interval(minus[name], "difference", sign="+") if name in minus else ""]
+        cell += ["" if peak is None else f"{peak['peak_n']} [{peak['peak_low']}, {peak['peak_high']}]"]
+        cell += [_interval(row, "win", "win_low", "win_high")] if target == judge else []
+        cell += [_interval(row, "regret", "regret_low", "regret_high")] if target == "gold" else []
+        cells.append(cell)
+    table(columns, cells)
 
 
 def print_trained(found: Trained) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ def write_kept(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, s
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(save(dict(arrays), metadata={**metadata, "digest": _digest(arrays)}))
+    partial.write_bytes(save(dict(arrays), metadata={**metadata, "digest": _digest(arrays, metadata)}))
     os.replace(partial, path)
 
 
@@ -30,7 +31,7 @@ def read_kept(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """What `write_kept` wrote.
 
     Raises:
-        ValueError: the file is damaged, or its arrays are not those that were written.
+        ValueError: the file is damaged, or its arrays or what is said of them are not what was written.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -40,13 +41,14 @@ def read_kept(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(str(error)) from None
-    if metadata.get("digest") != _digest(arrays):
+    if metadata.pop("digest", None) != _digest(arrays, metadata):
         raise ValueError("its contents changed")
     return arrays, metadata
 
 
-def _digest(arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
+    shapes = {key: [array.dtype.str, list(array.shape)] for key, array in arrays.items()}
+    digest = hashlib.sha256(json.dumps([shapes, dict(metadata)], sort_keys=True).encode())
     for key in sorted(arrays):
-        digest.update(key.encode() + arrays[key].tobytes())
+        digest.update(arrays[key].tobytes())
     return digest.hexdigest()

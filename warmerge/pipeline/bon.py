@@ -1,0 +1,303 @@
+"""`warmerge bon`: the best of N answers by single reward models, ensembles and averages, and what each choice is worth.
+
+OUT/pool.jsonl           where a policy was sampled: prompts and their answers
+OUT/scores.safetensors   each model's reward of each text, kept as soon as it is finished
+OUT/chosen.jsonl         the best of N for each prompt
+OUT/bon.json, bon*.csv   every number; bon.png, bon-wins.png and .svg are drawn from them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from warmerge.errors import Finding, UsageError, plain, quoted, some
+from warmerge.pipeline.choosers import (
+    Key,
+    choosers_of,
+    cost_words,
+    doubts_after,
+    doubts_before,
+    open_judges,
+    proxy_rows,
+    single,
+)  # fmt: skip
+from warmerge.pipeline.prepare import Spec
+from warmerge.pipeline.proxies import WARM, Proxy
+from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
+from warmerge.pipeline.scorebook import Judge, Scores, open_book
+from warmerge.report.results import BON, check_results, without_nan, write_results, write_text
+from warmerge.rewards.bench import Measuring, cut_words
+from warmerge.rewards.best_of_n import choose
+from warmerge.rewards.metrics import FEW
+from warmerge.rewards.pool_curves import Chooser, Ragged, pool_curves, tie_orders
+from warmerge.rewards.pools import Pool, read_pool
+from warmerge.version import versions
+
+POOL, CHOSEN = "pool.jsonl", "chosen.jsonl"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A language model to sample the pool from, and what to ask it.
+
+    `checkpoint` is a folder or a Hub id, `prompts` a file with a column `prompt`.
+    """
+
+    checkpoint: Spec
+    prompts: str
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """What `bon` found. Rows are plain: what is in bon.json and the CSV files.
+
+    `rows`: a proxy's best-of-n at one n; `differences`: to the first proxy; `wins`: of one proxy over another; `peaks`
+    and `fits`: of a proxy's curve; `proxies`: what each is made of and costs. `chosen` is the file of choices.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    differences: tuple[dict[str, Any], ...]
+    wins: tuple[dict[str, Any], ...]
+    peaks: tuple[dict[str, Any], ...]
+    fits: tuple[dict[str, Any], ...]
+    proxies: tuple[dict[str, Any], ...]
+    chosen: Path
+    warnings: tuple[Finding, ...]
+    record: Mapping[str, Any] = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("rows", "differences", "wins", "peaks", "fits", "proxies")
+        tables = {name: list(getattr(self, name)) for name in names}
+        return {**self.record, **tables, "chosen": str(self.chosen), "warnings": [str(w) for w in self.warnings]}
+
+
+def best_of_n(
+    pool: Spec | Policy,
+    proxies: Sequence[Proxy],
+    out: Spec,
+    *,
+    control: Spec | None = None,
+    n: int | None = None,
+    chooser: str | None = None,
+    min_candidates: int = 1,
+    measuring: Measuring | None = None,
+    overwrite: bool = False,
+    command: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> BestOfN:
+    """Chooses among each prompt's candidates by every proxy, and measures what the choices are worth, from n = 1 to N.
+
+    Every model scores each text once; ensembles are computed from their members' rewards. Beside the proxies stand the
+    longest answer, a random one, and where the pool has `gold` the best one.
+
+    Args:
+        pool: a file with `prompt`, `candidates` and perhaps `gold`, or a policy to sample it from into OUT/pool.jsonl.
+        proxies: reward models, ensembles, averages; differences are to the first.
+        out: a folder for choices, results and figures.
+        control: a reward model that no proxy was trained with, to judge the choices by.
+        n: the N of the choices, and the largest on the curves; as many as every prompt has if not given.
+        chooser: the proxy whose choices go into chosen.jsonl; the first average, else the first proxy.
+        min_candidates: leave out and count the prompts that have fewer.
+        measuring: how models are loaded and scored, rows are read (`limit` counts prompts) and intervals made.
+        say: is told what is being done, a line each.
+
+    Raises:
+        UsageError, RefusedError, RemoteError: see warmerge.errors. Models are looked at before anything is sampled.
+        Interrupted: Ctrl-C; the same command goes on.
+
+    Example:
+        >>> import warmerge
+        >>> single = warmerge.Proxy("rm", "rm", ("runs/1",))
+        >>> warm = warmerge.Proxy("warm", "warm", ("runs/1", "runs/2"))
+        >>> found = warmerge.best_of_n("pool.jsonl", [single, warm], "bon")  # doctest: +SKIP
+        >>> found.rows[0]["gold"]  # doctest: +SKIP
+        0.1171
+    """
+    measuring, out = measuring or Measuring(), Path(out)
+    chooser = _chooser(proxies, chooser)
+    if n is not None and n < 1:
+        raise UsageError(f"-n: expected 1 or more, found {n}")
+    check_results(out, BON, overwrite)
+    _check_chosen(out / CHOSEN, pool.prompts if isinstance(pool, Policy) else pool, overwrite)
+    # What is cheap to refuse comes first: rows before models are downloaded, models before an hour of sampling.
+    sampled = None
+    if isinstance(pool, Policy):
+        judges = open_judges(proxies, control, measuring.base)
+        sampled = _sampled(pool, out, measuring, overwrite, say)
+        read = _read(sampled.path, measuring, min_candidates)
+    else:
+        read = _read(pool, measuring, min_candidates)
+        judges = open_judges(proxies, control, measuring.base)
+    size, warnings = _size(read, n)
+    warnings += [] if sampled is None else sampled.warnings
+    warnings += doubts_before(read, proxies, judges, control)
+    book = open_book(read.texts, read.fingerprint, measuring, out, overwrite)
+    missing = book.missing(list(judges.values()))
+    todo = f"{missing:,} rewards to compute" if missing else "all rewards are kept from an earlier run"
+    say(f"{len(read.texts):,} texts, {len(judges)} models: {todo}")
+    measuring.on_work(missing)
+    scores = {key: book.scores(judge) for key, judge in judges.items()}
+    choosers = choosers_of(read, proxies, scores)
+    warnings += doubts_after(read, choosers, judges, scores)
+    targets = {} if read.gold is None else {"gold": read.gold}
+    targets |= {} if control is None else {"control": read.by_row(scores[single(control)].rewards)}
+    curves = pool_curves(choosers, targets, read.clusters, size, measuring.resamples, measuring.seed)
+    made = proxy_rows(read, proxies, choosers, scores)
+    record = _record(read, judges, control, size, chooser, measuring, command)
+    record["notes"] = [*_left_out(sampled), *_notes(read, scores, targets), *cost_words(made, proxies)]
+    chosen = _write_chosen(out / CHOSEN, read, choosers, targets, chooser, size, measuring.seed)
+    result = BestOfN(
+        curves.rows, curves.differences, curves.wins, curves.peaks, curves.fits, tuple(made), chosen,
+        tuple(dict.fromkeys(warnings)), record,
+    )  # fmt: skip
+    # Of one prompt intervals are infinite, and cannot be drawn.
+    write_results(out, BON, without_nan(result.as_json()))
+    return result
+
+
+def _chooser(proxies: Sequence[Proxy], name: str | None) -> str:
+    """The proxy whose choices are written."""
+    if not proxies:
+        raise UsageError("no proxy is given: name reward models with --rm, --ensemble or --warm")
+    names = [proxy.name for proxy in proxies]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"two proxies are named {quoted(twice[0])}; give each a name of its own")
+    if name is None:
+        return next((proxy.name for proxy in proxies if proxy.kind == WARM), names[0])
+    if name not in names:
+        raise UsageError(f"--choose: expected one of {some(names, 20)}, found {quoted(name)}")
+    return name
+
+
+def _read(source: Spec, measuring: Measuring, min_candidates: int) -> Pool:
+    return read_pool(
+        source, limit=measuring.limit, seed=measuring.seed, skip_bad_rows=measuring.skip_bad_rows,
+        min_candidates=min_candidates,
+    )  # fmt: skip
+
+
+def _check_chosen(path: Path, data: Spec, overwrite: bool) -> None:
+    """Refuses to write choices over something else: over the data itself, or over what no results stand beside."""
+    if path.exists() and Path(data).exists() and path.samefile(data):
+        raise UsageError(f"{plain(str(data))} is where the choices would be written; choose another -o")
+    if path.exists() and not overwrite:
+        what = f"{plain(str(path.parent))} holds {path.name} already"
+        raise UsageError(f"{what}; choose another -o, or add --overwrite")
+
+
+def _sampled(
+    policy: Policy, out: Path, measuring: Measuring, overwrite: bool, say: Callable[[str], None]
+) -> SampledPool:
+    """Samples the policy, or what is missing of it, into OUT/pool.jsonl."""
+    sampling = policy.sampling
+    say(f"sampling {sampling.n} answers of {plain(str(policy.checkpoint))} to each prompt of {plain(policy.prompts)}")
+    out.mkdir(parents=True, exist_ok=True)
+    return sample_pool(
+        policy.checkpoint, policy.prompts, out / POOL, sampling, limit=measuring.limit,
+        skip_bad_rows=measuring.skip_bad_rows, overwrite=overwrite, on_work=measuring.on_work,
+        progress=measuring.progress,
+    )  # fmt: skip
+
+
+def _size(pool: Pool, n: int | None) -> tuple[int, list[Finding]]:
+    """The largest n that every prompt has candidates for, and what has to be said of that."""
+    smallest, largest = min(pool.sizes), max(pool.sizes)
+    warnings = []
+    if smallest < largest and (n is None or n > smallest):
+        what = f"has {smallest} to {largest} candidates for a prompt, so n ends at {smallest}"
+        warnings.append(Finding(pool.source, f"{what}; --min-candidates leaves out prompts with fewer"))
+    elif n is not None and n > smallest:
+        warnings.append(Finding(pool.source, f"has {smallest} candidates for a prompt, so n ends there, not at {n}"))
+    if smallest == 1:
+        warnings.append(Finding(pool.source, "has a prompt with one candidate: there is nothing to choose from"))
+    prompts = len(set(pool.clusters))
+    if prompts < FEW:
+        what = f"has {prompts} prompt{'s' if prompts > 1 else ''}: intervals over so few are too narrow to be trusted"
+        warnings.append(Finding(pool.source, what if prompts > 1 else "has one prompt: there are no intervals"))
+    return smallest if n is None else min(n, smallest), warnings
+
+
+def _write_chosen(
+    path: Path, pool: Pool, choosers: Sequence[Chooser], targets: Mapping[str, Ragged], name: str, n: int, seed: int
+) -> Path:
+    """One line for each prompt: the choice of the proxy `name` among n candidates, its rewards of these, and where the
+    choices of all proxies stand among the candidates. Of more than n, those n are drawn at random."""
+    lines = []
+    for p, (row, order) in enumerate(zip(pool.rows, tie_orders(pool.sizes, seed), strict=True)):
+        among = order[:n]
+        first = numpy.arange(len(among))  # who comes first in the order is first among them
+        choices = {each.name: int(among[choose(each.rewards[p][among], first)]) for each in choosers}
+        index, own = choices[name], next(each.rewards[p] for each in choosers if each.name == name)
+        rewards: list[float | None] = [None] * len(own)
+        for i in among:
+            rewards[i] = float(own[i])
+        line = {
+            "prompt": row.prompt, "chosen": row.answers[index], "index": index, "rewards": rewards, "proxy": name,
+            "choices": choices, **{target: float(worth[p][index]) for target, worth in targets.items()},
+        }  # fmt: skip
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return write_text(path, "".join(lines))
+
+
+def _record(
+    pool: Pool, judges: Mapping[Key, Judge], control: Spec | None, n: int, chooser: str, measuring: Measuring,
+    command: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What bon.json says of how it came about."""
+    return {
+        "format": "warmerge bon 1",
+        "command": list(command),
+        "versions": versions(),
+        "pool": {
+            "source": pool.source, "prompts": len(set(pool.clusters)), "rows": len(pool.rows),
+            "candidates": sum(pool.sizes), "texts": len(pool.texts), "smallest": min(pool.sizes),
+            "largest": max(pool.sizes), "gold": pool.gold is not None, "skipped_rows": pool.skipped,
+            "short_rows": pool.short, "fingerprint": pool.fingerprint,
+        },
+        "control": None if control is None else str(control),
+        "n": n,
+        "chooser": chooser,
+        "fingerprints": {plain(" ".join(key)): list(judge.fingerprints) for key, judge in judges.items()},
+        "intervals": measuring.intervals(),
+        "loading": asdict(measuring.loading),
+    }  # fmt: skip
+
+
+def _left_out(sampled: SampledPool | None) -> list[str]:
+    """How many rows of the prompts were not asked: what the pool itself does not show."""
+    if sampled is None:
+        return []
+    counts = ((sampled.skipped, "prompts were not asked: bad rows, or too long for the policy"),
+              (sampled.repeats, "rows repeat a prompt, which was asked once"))  # fmt: skip
+    return [f"{count} {what}" for count, what in counts if count]
+
+
+def _notes(pool: Pool, scores: Mapping[Key, Scores], targets: Mapping[str, Ragged]) -> list[str]:
+    """What a reader of the tables should know of the data."""
+    notes = []
+    most = max(scores.values(), key=lambda entry: entry.prompt_cut + entry.answer_cut)
+    if words := cut_words(len(pool.texts), most.prompt_cut, most.answer_cut):
+        notes.append(words)
+    repeats, candidates = sum(len(at) - len(set(at.tolist())) for at in pool.at), sum(pool.sizes)
+    alike = sum(len(set(at.tolist())) == 1 for at in pool.at)
+    if repeats:
+        words = f"{repeats} of {candidates} candidates repeat another one of their prompt"
+        notes.append(words + (f"; for {alike} prompts all are the same, and there is no choice" if alike else ""))
+    unfinished = sum(row.unfinished for row in pool.rows)
+    if unfinished:
+        notes.append(f"{unfinished} of {candidates} candidates were cut off where they were sampled")
+    for count, why in ((pool.skipped, "bad rows"), (pool.short, "prompts with too few candidates")):
+        notes += [f"{count} {why} were left out"] if count else []
+    if not targets:
+        notes.append(
+            "no gold and no --control: only what proxies think of their choices is known, not what these are worth"
+        )
+    return notes
