@@ -470,21 +470,30 @@ def test_without_gold_and_control_only_beliefs_are_known(world: World, tmp_path:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("part", ["rm", "member", "copy"])
+@pytest.mark.parametrize("part", ["rm", "member", "copy", "averaged"])
 @pytest.mark.usefixtures("no_figures")
 def test_a_control_that_is_a_proxy_is_said(world: World, tmp_path: Path, part: str) -> None:
     control = world.b
     if part == "copy":
         control = tmp_path / "copy"
         shutil.copytree(world.b, control)
+    if part == "averaged":  # what was made of a member, by warmerge.json
+        control = warmerge.average([world.c, world.start], tmp_path / "averaged").out
     proxies = [*rms(world.a), Proxy("warm", "warm", (str(world.b), str(world.c)))]
     if part == "rm":
         proxies = rms(world.a, world.b)
     found = small(world, tmp_path, pool(n=2), proxies=proxies, control=control)
     name = "b" if part == "rm" else "warm"
     assert [str(warning) for warning in found.warnings] == [
-        f"{control}: is the control, and a part of '{name}': it flatters them; judge by a model they do not contain"
+        f"{control}: is the control, and shares weights with '{name}': it flatters them; judge by another model"
     ]
+
+
+def test_a_base_that_no_checkpoint_needs_is_refused(world: World, tmp_path: Path, never: None) -> None:
+    measuring = Measuring(base=world.start)
+    with pytest.raises(UsageError) as error:
+        best_of_n(write_rows(tmp_path / "p.jsonl", pool(n=2)), rms(world.a), tmp_path / "out", measuring=measuring)
+    assert str(error.value) == "--base is not used: no checkpoint is a LoRA adapter"
 
 
 # --- going on, and starting anew --------------------------------------------------------------------------------------

@@ -179,6 +179,13 @@ def test_an_adapter_of_another_scale_is_another_model(models: Path) -> None:
     assert numpy.abs(averages[0] - averages[1]).max() > 0.005
 
 
+def test_full_models_are_averaged_beside_an_adapter_that_needs_a_base(models: Path) -> None:
+    lora = adapter(models / "lora", models / "a")
+    plain = open_average("warm", [models / "a", models / "b"], base=models / "c")
+    assert plain.contents() == open_average("warm", [models / "a", models / "b"]).contents()
+    assert open_average("warm", [models / "b", lora], models / "c").contents() != plain.contents()
+
+
 def test_an_adapter_on_another_base_is_another_model(models: Path) -> None:
     lora = adapter(models / "lora", models / "a")
     found = book(models / "out").scores(open_judge(lora)).rewards

@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 import warmerge
 from warmerge.errors import RefusedError
 from warmerge.weights.adapter import base_named_by, read_adapter
+from warmerge.weights.average import plan_fingerprint
 from warmerge.weights.checkpoint import Checkpoint, LowRank, Tensor, read_checkpoint
 from warmerge.weights.folder import open_folder
 from warmerge.weights.kernels import Workspace
+from warmerge.weights.plan import plan_merge
 from warmerge.weights.remote import ranges
+from warmerge.weights.rules import RULES, Options
 
 peft = pytest.importorskip("peft")
 
@@ -274,6 +277,17 @@ def test_bfloat16_base_with_float32_factors(tmp_path: Path) -> None:
     weight = model.state_dict()["model.layers.0.self_attn.q_proj.weight"].double()
     assert tensor.dtype == "BF16"
     assert torch.allclose(values(tensor), (weight + 3 * b @ a).flatten(), rtol=0, atol=1e-12)
+
+
+def test_another_scale_is_another_plan(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    """The scale stands in the config alone; what an earlier run kept of the other one must not be taken up."""
+    other = shutil.copytree(adapter, tmp_path / "other")
+    found = []
+    for alpha in (12, 24, 12):
+        rewrite_settings(other, lora_alpha=alpha)
+        plan = plan_merge([read(adapter, llama), read(other, llama)], RULES["uniform"], Options())
+        found.append(plan_fingerprint(plan, ["a", "b"]))
+    assert found[0] == found[2] != found[1]
 
 
 def test_older_names_of_saved_modules(adapter: Path, llama: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from warmerge.errors import Finding, RefusedError, plain, some
+from warmerge.errors import Finding, RefusedError, UsageError, plain, some
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import BASELINE, ENSEMBLE, LENGTH, ORACLE, RANDOM, WARM, Proxy
 from warmerge.pipeline.scorebook import Judge, Scores, open_average, open_judge
@@ -18,7 +18,9 @@ from warmerge.rewards.ensembles import aggregate
 from warmerge.rewards.pool_curves import Chooser
 from warmerge.rewards.pools import Pool
 from warmerge.training.seen import seen_in_training
+from warmerge.weights.checkpoint import read_json
 from warmerge.weights.folder import LocalFolder
+from warmerge.weights.output import MANIFEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +49,8 @@ def open_judges(proxies: Sequence[Proxy], control: Spec | None, base: Spec | Non
             findings += error.findings
     if findings:
         raise RefusedError(findings)
+    if base is not None and not any("adapter" in entry.details for judge in judges.values() for entry in judge.inputs):
+        raise UsageError("--base is not used: no checkpoint is a LoRA adapter")
     return judges
 
 
@@ -138,14 +142,21 @@ def doubts_before(
                 found.append(Finding(proxy.name, f"{what}: such a member counts twice"))
             first.setdefault(weights, checkpoint)
     if control is not None:
-        (weights,) = judges[single(control)].fingerprints
-        same = [proxy.name for proxy in proxies if any(weights in judges[key].fingerprints for key in judges_of(proxy))]
+        own = _ingredients(judges[single(control)])
+        same = [proxy.name for proxy in proxies if any(own & _ingredients(judges[key]) for key in judges_of(proxy))]
         if same:
-            what = f"is the control, and a part of {some(same)}: it flatters them; judge by a model they do not contain"
+            what = f"is the control, and shares weights with {some(same)}: it flatters them; judge by another model"
             found.append(Finding(str(control), what))
     folders = [source.folder for judge in judges.values() for source in judge.inputs]
     local = {folder.path for folder in folders if isinstance(folder, LocalFolder)}
     return found + seen_in_training(local, [row.prompt for row in pool.rows])
+
+
+def _ingredients(judge: Judge) -> set[str]:
+    """The fingerprints of a judge's weights, and of those that they were averaged from, where warmerge.json says so."""
+    manifests = [read_json(source.folder, MANIFEST) or {} for source in judge.inputs]
+    averaged = [entry.get("fingerprint") for manifest in manifests for entry in manifest.get("inputs", [])]
+    return {*judge.fingerprints, *filter(None, averaged)}
 
 
 def doubts_after(

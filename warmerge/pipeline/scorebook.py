@@ -53,17 +53,13 @@ class Judge:
 
     def contents(self) -> list[str]:
         """What decides its weights: a file that was written anew is another one."""
-        # The scale of an adapter's product stands in its config alone.
-        adapters = [hashlib.sha256(small_file(entry, ADAPTER_CONFIG) or b"").hexdigest() for entry in self.inputs]
         if self.plan is not None:
-            return [plan_fingerprint(self.plan, self.fingerprints), *adapters]
+            return [plan_fingerprint(self.plan, self.fingerprints)]
         (source,) = self.inputs
-        files = source.weight_files
-        return [
-            *self.fingerprints,
-            *(f"{f.identity}\0{name}\0{getattr(f, 'states', {}).get(name)}" for f, name in files),
-            *adapters,
-        ]
+        # The scale of an adapter's product stands in its config alone.
+        scale = hashlib.sha256(small_file(source, ADAPTER_CONFIG) or b"").hexdigest()
+        files = [f"{f.identity}\0{name}\0{getattr(f, 'states', {}).get(name)}" for f, name in source.weight_files]
+        return [*self.fingerprints, *files, scale]
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,9 @@ def open_average(label: str, checkpoints: Sequence[Spec], base: Spec | None = No
     Raises:
         UsageError, RefusedError, RemoteError: as `prepare`.
     """
-    prepared = prepare(checkpoints, base=base)
+    # A base is for adapters: full models beside an adapter elsewhere are averaged without it.
+    adapters = base is not None and any("adapter" in open_checkpoint(spec, base).details for spec in checkpoints)
+    prepared = prepare(checkpoints, base=base if adapters else None)
     return Judge(label, tuple(prepared.plan.members), prepared.fingerprints, prepared.plan, prepared.warnings)
 
 

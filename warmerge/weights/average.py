@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from warmerge.errors import Finding, Interrupted, RefusedError, UsageError, WarmergeError, plain
+from warmerge.weights.checkpoint import LowRank
 from warmerge.weights.folder import LocalFolder
 from warmerge.weights.kernels import INTEGER_DTYPE
 from warmerge.weights.output import (
@@ -157,6 +158,10 @@ def plan_fingerprint(plan: MergePlan, contents: Sequence[str]) -> str:
             state = folder.states[file] if isinstance(folder, LocalFolder) else "remote"
             digest.update(f"{folder.identity}\0{file}\0{state}\0".encode(errors="surrogatepass"))
     digest.update(json.dumps([*contents, plan.rule.name, asdict(plan.options)]).encode())
+    # The scale of an adapter's product stands in its config, not in a weight file.
+    inputs = ((name, tensor) for checkpoint in plan.inputs for name, tensor in sorted(checkpoint.tensors.items()))
+    scales = [(name, t.scale, t.factors_transposed) for name, t in inputs if isinstance(t, LowRank)]
+    digest.update(json.dumps(scales).encode() if scales else b"")
     for shard in plan.shards:
         digest.update(shard.file.encode() + shard.header)
         digest.update("".join("+" if tensor.merged else "=" for tensor in shard.tensors).encode())
