@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import warmerge.pipeline.sampling as sampling
 from warmerge.errors import Interrupted, RefusedError, UsageError, WarmergeError
 from warmerge.pipeline.sampling import Sampling, read_prompts, sample_pool, seed_of, transformers_generator
-from warmerge.pipeline.sampling.policy import Drawn, Policy, dtype_of, open_for_sampling, open_policy, stored_ends
+from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, dtype_of, open_for_sampling, open_policy, stored_ends
 from warmerge.pipeline.sampling.transformers_generator import TransformersGenerator, draw, random_numbers
 from warmerge.pipeline.score import score_file
 
@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def policy(folder: Path, settings: Sampling = ASK) -> Policy:
+def policy(folder: Path, settings: Sampling = ASK) -> OpenedPolicy:
     return open_policy(open_for_sampling(folder), settings)
 
 
@@ -187,7 +187,7 @@ def test_conversations_need_a_template() -> None:
         RefusedError, match=r"--prompts: holds a conversation \(2 of system, user\), which has no plain"
     ):
         policy(causal_models.folder()).encode(talk)
-    with pytest.raises(UsageError, match=r"--template chat: the tokenizer of \S+ has no chat template"):
+    with pytest.raises(UsageError, match=r"--policy-template chat: the tokenizer of \S+ has no chat template"):
         policy(causal_models.folder(), replace(ASK, template="chat"))
 
 

@@ -8,17 +8,15 @@ OUT/bon.json, bon*.csv   every number; bon.png, bon-wins.png and .svg are drawn 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from warmerge.errors import Finding, UsageError, plain, quoted, some
 from warmerge.pipeline.choosers import (
     Key,
+    check_chosen,
     choosers_of,
     cost_words,
     doubts_after,
@@ -26,16 +24,16 @@ from warmerge.pipeline.choosers import (
     open_judges,
     proxy_rows,
     single,
-)  # fmt: skip
+    write_chosen,
+)
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import WARM, Proxy
 from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
 from warmerge.pipeline.scorebook import Judge, Scores, open_book
-from warmerge.report.results import BON, check_results, without_nan, write_results, write_text
+from warmerge.report.results import BON, check_results, without_nan, write_results
 from warmerge.rewards.bench import Measuring, cut_words
-from warmerge.rewards.best_of_n import choose
 from warmerge.rewards.metrics import FEW
-from warmerge.rewards.pool_curves import Chooser, Ragged, pool_curves, tie_orders
+from warmerge.rewards.pool_curves import Ragged, pool_curves
 from warmerge.rewards.pools import Pool, read_pool
 from warmerge.version import versions
 
@@ -125,16 +123,8 @@ def best_of_n(
     if n is not None and n < 1:
         raise UsageError(f"-n: expected 1 or more, found {n}")
     check_results(out, BON, overwrite)
-    _check_chosen(out / CHOSEN, pool.prompts if isinstance(pool, Policy) else pool, overwrite)
-    # What is cheap to refuse comes first: rows before models are downloaded, models before an hour of sampling.
-    sampled = None
-    if isinstance(pool, Policy):
-        judges = open_judges(proxies, control, measuring.base)
-        sampled = _sampled(pool, out, measuring, overwrite, say)
-        read = _read(sampled.path, measuring, min_candidates)
-    else:
-        read = _read(pool, measuring, min_candidates)
-        judges = open_judges(proxies, control, measuring.base)
+    check_chosen(out / CHOSEN, pool.prompts if isinstance(pool, Policy) else pool, overwrite)
+    read, judges, sampled = _opened(pool, proxies, control, out, min_candidates, measuring, overwrite, say)
     size, warnings = _size(read, n)
     warnings += [] if sampled is None else sampled.warnings
     warnings += doubts_before(read, proxies, judges, control)
@@ -152,7 +142,7 @@ def best_of_n(
     made = proxy_rows(read, proxies, choosers, scores)
     record = _record(read, judges, control, size, chooser, measuring, command)
     record["notes"] = [*_left_out(sampled), *_notes(read, scores, targets), *cost_words(made, proxies)]
-    chosen = _write_chosen(out / CHOSEN, read, choosers, targets, chooser, size, measuring.seed)
+    chosen = write_chosen(out / CHOSEN, read, choosers, targets, chooser, size, measuring.seed)
     result = BestOfN(
         curves.rows, curves.differences, curves.wins, curves.peaks, curves.fits, tuple(made), chosen,
         tuple(dict.fromkeys(warnings)), record,
@@ -177,20 +167,25 @@ def _chooser(proxies: Sequence[Proxy], name: str | None) -> str:
     return name
 
 
+def _opened(
+    pool: Spec | Policy, proxies: Sequence[Proxy], control: Spec | None, out: Path, min_candidates: int,
+    measuring: Measuring, overwrite: bool, say: Callable[[str], None],
+) -> tuple[Pool, dict[Key, Judge], SampledPool | None]:  # fmt: skip
+    """The pool, sampled if there is none, and the models. What is cheap to refuse comes first: rows before models are
+    downloaded, models before an hour of sampling."""
+    if not isinstance(pool, Policy):
+        read = _read(pool, measuring, min_candidates)
+        return read, open_judges(proxies, control, measuring.base), None
+    judges = open_judges(proxies, control, measuring.base)
+    sampled = _sampled(pool, out, measuring, overwrite, say)
+    return _read(sampled.path, measuring, min_candidates), judges, sampled
+
+
 def _read(source: Spec, measuring: Measuring, min_candidates: int) -> Pool:
     return read_pool(
         source, limit=measuring.limit, seed=measuring.seed, skip_bad_rows=measuring.skip_bad_rows,
         min_candidates=min_candidates,
     )  # fmt: skip
-
-
-def _check_chosen(path: Path, data: Spec, overwrite: bool) -> None:
-    """Refuses to write choices over something else: over the data itself, or over what no results stand beside."""
-    if path.exists() and Path(data).exists() and path.samefile(data):
-        raise UsageError(f"{plain(str(data))} is where the choices would be written; choose another -o")
-    if path.exists() and not overwrite:
-        what = f"{plain(str(path.parent))} holds {path.name} already"
-        raise UsageError(f"{what}; choose another -o, or add --overwrite")
 
 
 def _sampled(
@@ -223,28 +218,6 @@ def _size(pool: Pool, n: int | None) -> tuple[int, list[Finding]]:
         what = f"has {prompts} prompt{'s' if prompts > 1 else ''}: intervals over so few are too narrow to be trusted"
         warnings.append(Finding(pool.source, what if prompts > 1 else "has one prompt: there are no intervals"))
     return smallest if n is None else min(n, smallest), warnings
-
-
-def _write_chosen(
-    path: Path, pool: Pool, choosers: Sequence[Chooser], targets: Mapping[str, Ragged], name: str, n: int, seed: int
-) -> Path:
-    """One line for each prompt: the choice of the proxy `name` among n candidates, its rewards of these, and where the
-    choices of all proxies stand among the candidates. Of more than n, those n are drawn at random."""
-    lines = []
-    for p, (row, order) in enumerate(zip(pool.rows, tie_orders(pool.sizes, seed), strict=True)):
-        among = order[:n]
-        first = numpy.arange(len(among))  # who comes first in the order is first among them
-        choices = {each.name: int(among[choose(each.rewards[p][among], first)]) for each in choosers}
-        index, own = choices[name], next(each.rewards[p] for each in choosers if each.name == name)
-        rewards: list[float | None] = [None] * len(own)
-        for i in among:
-            rewards[i] = float(own[i])
-        line = {
-            "prompt": row.prompt, "chosen": row.answers[index], "index": index, "rewards": rewards, "proxy": name,
-            "choices": choices, **{target: float(worth[p][index]) for target, worth in targets.items()},
-        }  # fmt: skip
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return write_text(path, "".join(lines))
 
 
 def _record(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,10 +14,12 @@ from warmerge.errors import Finding, RefusedError, UsageError, plain, some
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import BASELINE, ENSEMBLE, LENGTH, ORACLE, RANDOM, WARM, Proxy
 from warmerge.pipeline.scorebook import Judge, Scores, open_average, open_judge
+from warmerge.report.results import write_text
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import answer_lengths
+from warmerge.rewards.best_of_n import choose
 from warmerge.rewards.ensembles import aggregate
-from warmerge.rewards.pool_curves import Chooser
+from warmerge.rewards.pool_curves import Chooser, Ragged, tie_orders
 from warmerge.rewards.pools import Pool
 from warmerge.training.seen import seen_in_training
 from warmerge.weights.checkpoint import read_json
@@ -175,6 +179,37 @@ def doubts_after(
             what = f"gives all candidates of {flat} of {len(varied)} prompts the same reward: a random choice"
             found.append(Finding(chooser.name, what))
     return found
+
+
+def check_chosen(path: Path, data: Spec, overwrite: bool) -> None:
+    """Refuses to write choices over something else: over the data itself, or over what no results stand beside."""
+    if path.exists() and Path(data).exists() and path.samefile(data):
+        raise UsageError(f"{plain(str(data))} is where the choices would be written; choose another -o")
+    if path.exists() and not overwrite:
+        what = f"{plain(str(path.parent))} holds {path.name} already"
+        raise UsageError(f"{what}; choose another -o, or add --overwrite")
+
+
+def write_chosen(
+    path: Path, pool: Pool, choosers: Sequence[Chooser], targets: Mapping[str, Ragged], name: str, n: int, seed: int
+) -> Path:
+    """One line for each prompt: the choice of the proxy `name` among n candidates, its rewards of these, and where the
+    choices of all proxies stand among the candidates. Of more than n, those n are drawn at random."""
+    lines = []
+    for p, (row, order) in enumerate(zip(pool.rows, tie_orders(pool.sizes, seed), strict=True)):
+        among = order[:n]
+        first = numpy.arange(len(among))  # who comes first in the order is first among them
+        choices = {each.name: int(among[choose(each.rewards[p][among], first)]) for each in choosers}
+        index, own = choices[name], next(each.rewards[p] for each in choosers if each.name == name)
+        rewards: list[float | None] = [None] * len(own)
+        for i in among:
+            rewards[i] = float(own[i])
+        line = {
+            "prompt": row.prompt, "chosen": row.answers[index], "index": index, "rewards": rewards, "proxy": name,
+            "choices": choices, **{target: float(worth[p][index]) for target, worth in targets.items()},
+        }  # fmt: skip
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return write_text(path, "".join(lines))
 
 
 def cost_words(rows: Sequence[Mapping[str, Any]], proxies: Sequence[Proxy]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from warmerge.errors import Finding, Interrupted, RefusedError, plain
 from warmerge.pipeline.sampling import pool_file
-from warmerge.pipeline.sampling.policy import Drawn, Policy, dtype_of, open_for_sampling, open_policy, stored_ends
+from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, dtype_of, open_for_sampling, open_policy, stored_ends
 from warmerge.pipeline.sampling.pool_file import Totals
 from warmerge.pipeline.sampling.prompts import Prompts, read_prompts
 from warmerge.pipeline.sampling.settings import Sampling
@@ -56,7 +56,7 @@ class SampledPool:
 class _Work:
     """What is sampled, from which policy, into which file; `left_out` counts prompts that were too long."""
 
-    policy: Policy
+    policy: OpenedPolicy
     prompts: tuple[Text, ...]
     ids: tuple[list[int], ...]
     out: Path
@@ -137,7 +137,7 @@ def _asked(policy: Checkpoint, prompts: Prompts, settings: Sampling) -> dict[str
     }  # fmt: skip
 
 
-def _work(policy: Policy, prompts: Prompts, out: Path, settings: Sampling, skip_too_long: bool) -> _Work:
+def _work(policy: OpenedPolicy, prompts: Prompts, out: Path, settings: Sampling, skip_too_long: bool) -> _Work:
     """What is to be sampled, when it is known that every answer fits."""
     ids = [policy.encode(prompt) for prompt in prompts.texts]
     limit = policy.context - settings.max_new_tokens
@@ -157,7 +157,7 @@ def _work(policy: Policy, prompts: Prompts, out: Path, settings: Sampling, skip_
     return _Work(policy, texts, rows, out, settings, len(bad))
 
 
-def _generator(policy: Policy, settings: Sampling, longest: int) -> Generate:
+def _generator(policy: OpenedPolicy, settings: Sampling, longest: int) -> Generate:
     if settings.generator == "vllm":
         from warmerge.pipeline.sampling.vllm_generator import VllmGenerator
 

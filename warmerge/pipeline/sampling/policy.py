@@ -40,7 +40,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Policy:
+class OpenedPolicy:
     """A causal language model on this machine, with its tokenizer; its weights are not loaded.
 
     `template` is "chat" or "plain"; `ends` are the ids that end an answer; `context` is the most tokens that the model
@@ -125,7 +125,7 @@ def open_for_sampling(spec: str | Path) -> Checkpoint:
     return source
 
 
-def open_policy(opened: Checkpoint, settings: Sampling) -> Policy:
+def open_policy(opened: Checkpoint, settings: Sampling) -> OpenedPolicy:
     """The policy of a checkpoint: its config, its tokenizer, and the rule for its prompts.
 
     Raises:
@@ -145,9 +145,9 @@ def open_policy(opened: Checkpoint, settings: Sampling) -> Policy:
         raise RefusedError([Finding(source.label, what)])
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if settings.template == "chat" and not has_template:
-        raise UsageError(f"--template chat: the tokenizer of {plain(source.label)} has no chat template")
+        raise UsageError(f"--policy-template chat: the tokenizer of {plain(source.label)} has no chat template")
     own_end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Policy(
+    return OpenedPolicy(
         source,
         config,
         tokenizer,
@@ -212,6 +212,6 @@ def _as_string(prompt: Text) -> str:
     roles = ", ".join(str(message["role"]) for message in prompt)
     what = (
         f"holds a conversation ({len(prompt)} of {roles}), which has no plain text: the policy's tokenizer has no chat "
-        "template, or --template plain was given"
+        "template, or --policy-template plain was given"
     )
     raise RefusedError([Finding("--prompts", what)])

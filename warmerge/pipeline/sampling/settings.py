@@ -46,7 +46,7 @@ class Sampling:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        known = {"generator": GENERATORS, "dtype": DTYPE_NAMES, "template": TEMPLATES}
+        known = {"generator": GENERATORS, "dtype": DTYPE_NAMES, "policy-template": TEMPLATES}
         checks = [
             ("-n", self.n, self.n >= 1, "1 or more"),
             ("--temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
@@ -57,7 +57,7 @@ class Sampling:
             *(
                 (f"--{name}", repr(value), value in names, " or ".join(names))
                 for name, names in known.items()
-                if (value := getattr(self, name)) is not None
+                if (value := getattr(self, name.removeprefix("policy-"))) is not None
             ),
         ]
         wrong = [f"{flag}: expected {expected}, found {value}" for flag, value, fits, expected in checks if not fits]

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from warmerge.errors import Finding, RefusedError, WarmergeError
-from warmerge.pipeline.sampling.policy import Drawn, Policy, device_of, dtype_of
+from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, device_of, dtype_of
 from warmerge.pipeline.sampling.settings import Sampling
 from warmerge.rewards.model import DTYPES
 from warmerge.rewards.tokenizer import quiet
@@ -34,7 +34,7 @@ class TransformersGenerator:
         RefusedError: a weight that is missing, unexpected or of another shape.
     """
 
-    def __init__(self, policy: Policy, settings: Sampling) -> None:
+    def __init__(self, policy: OpenedPolicy, settings: Sampling) -> None:
         from transformers import GenerationConfig
 
         dtype = DTYPES[dtype_of(policy.source, settings)]

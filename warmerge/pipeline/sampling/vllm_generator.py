@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from warmerge.errors import UsageError, WarmergeError, plain
-from warmerge.pipeline.sampling.policy import Drawn, Policy, dtype_of
+from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, dtype_of
 from warmerge.pipeline.sampling.settings import Sampling
 
 # Prompts in one call: enough to fill a GPU, few enough that little is lost when a run is stopped.
@@ -31,7 +31,7 @@ class VllmGenerator:
         WarmergeError: vLLM cannot load the policy.
     """
 
-    def __init__(self, policy: Policy, settings: Sampling, longest: int) -> None:
+    def __init__(self, policy: OpenedPolicy, settings: Sampling, longest: int) -> None:
         # It would log to stdout, which is for results. Its own processes read this too.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         self._vllm = _vllm()
