@@ -443,6 +443,18 @@ def test_conversations_survive(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_differences_are_to_the_reference(world: World, tmp_path: Path) -> None:
+    found = small(world, tmp_path, pool(n=4), proxies=rms(world.a, world.b), n=3, reference="length")
+    gold = {(row["proxy"], row["n"]): row["gold"] for row in found.rows}
+    assert {row["proxy"] for row in found.differences} == {"a", "b", "random", "oracle"}
+    for row in found.differences:
+        expected = gold[row["proxy"], row["n"]] - gold["length", row["n"]]
+        assert row["to"] == "length"
+        assert row["difference"] == pytest.approx(expected, abs=1e-12)
+    assert found.record["reference"] == "length"
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_control_alone_judges(world: World, tmp_path: Path) -> None:
     found = small(world, tmp_path, pool(gold=False), proxies=rms(world.a, world.b), control=world.alien, n=2)
     assert {row["target"] for table in (found.wins, found.peaks, found.differences) for row in table} == {"control"}
@@ -813,6 +825,7 @@ def test_paths_may_be_paths(world: World, tmp_path: Path) -> None:
         ({"n": -3}, "-n: expected 1 or more, found -3"),
         ({"chooser": "x"}, "--choose: expected one of 'a', found 'x'"),
         ({"chooser": "length"}, "--choose: expected one of 'a', found 'length'"),
+        ({"reference": "x"}, "--reference: expected one of 'a', 'length', 'random', found 'x'"),
         ({"min_candidates": 0}, "--min-candidates: expected 1 or more, found 0"),
         ({"min_candidates": 9}, "--min-candidates 9: no prompt of FILE has more than 2"),
         ({"proxies": []}, "no proxy is given: name reward models with --rm, --ensemble or --warm"),

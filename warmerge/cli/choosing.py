@@ -117,6 +117,14 @@ def bon(
             help="Whose choices go into OUT/chosen.jsonl: the first --warm, else the first proxy, if not given.",
         ),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_OUTPUT,
+            help="The proxy (or length, random) that differences are to: the first proxy, if not given.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     base: AdaptedModel = None,
     device: Device = "auto",
@@ -159,7 +167,7 @@ def bon(
         with bar("working", "done") as progress:
             loading = loading_of(device, dtype, template, max_length, trust_remote_code)
             found = best_of_n(
-                source, proxies, out, control=control, n=n, chooser=choose,
+                source, proxies, out, control=control, n=n, chooser=choose, reference=reference,
                 min_candidates=min_candidates, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
                 say=lambda line: typer.echo(line, err=True),
                 measuring=measuring_of(

@@ -179,16 +179,16 @@ def print_best_of_n(found: BestOfN) -> None:
 
 
 def _print_choices(found: BestOfN, rows: Sequence[Mapping[str, Any]], target: str) -> None:
-    """What the choices are worth by one target: its curve, its value at n, against the first proxy, its peak."""
+    """What the choices are worth by one target: its curve, its value at n, against another proxy, its peak."""
     from warmerge.report import sparkline
 
-    n, first = rows[0]["n"], rows[0]["proxy"]
+    n, reference = rows[0]["n"], found.record["reference"]
     curves = {row["proxy"]: [r[target] for r in found.rows if r["proxy"] == row["proxy"]] for row in rows}
     low, high = min(map(min, curves.values())), max(map(max, curves.values()))
     minus = {row["proxy"]: row for row in found.differences if (row["target"], row["n"]) == (target, n)}
     peaks = {row["proxy"]: row for row in found.peaks if row["target"] == target}
     judge = next(name for name in ("gold", "control") if name in rows[0])
-    columns = ["proxy", f"n = 1 to {n}", f"{target} at {n} [95 %]", f"minus {plain(first)} [95 %]"]
+    columns = ["proxy", f"n = 1 to {n}", f"{target} at {n} [95 %]", f"minus {plain(reference)} [95 %]"]
     columns += ["highest at n [95 %]"]
     columns += ["beats a random one [95 %]"] if target == judge else []
     columns += ["regret [95 %]"] if target == "gold" else []

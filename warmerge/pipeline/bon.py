@@ -27,7 +27,7 @@ from warmerge.pipeline.choosers import (
     write_chosen,
 )
 from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.proxies import WARM, Proxy
+from warmerge.pipeline.proxies import LENGTH, RANDOM, WARM, Proxy
 from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
 from warmerge.pipeline.scorebook import Judge, Scores, open_book
 from warmerge.report.results import BON, check_results, without_nan, write_results
@@ -56,7 +56,7 @@ class Policy:
 class BestOfN:
     """What `bon` found. Rows are plain: what is in bon.json and the CSV files.
 
-    `rows`: a proxy's best-of-n at one n; `differences`: to the first proxy; `wins`: of one proxy over another; `peaks`
+    `rows`: a proxy's best-of-n at one n; `differences`: to one of them; `wins`: of one proxy over another; `peaks`
     and `fits`: of a proxy's curve; `proxies`: what each is made of and costs. `chosen` is the file of choices.
     """
 
@@ -84,6 +84,7 @@ def best_of_n(
     control: Spec | None = None,
     n: int | None = None,
     chooser: str | None = None,
+    reference: str | None = None,
     min_candidates: int = 1,
     measuring: Measuring | None = None,
     overwrite: bool = False,
@@ -97,11 +98,12 @@ def best_of_n(
 
     Args:
         pool: a file with `prompt`, `candidates` and perhaps `gold`, or a policy to sample it from into OUT/pool.jsonl.
-        proxies: reward models, ensembles, averages; differences are to the first.
+        proxies: reward models, ensembles, averages.
         out: a folder for choices, results and figures.
         control: a reward model that no proxy was trained with, to judge the choices by.
         n: the N of the choices, and the largest on the curves; as many as every prompt has if not given.
         chooser: the proxy whose choices go into chosen.jsonl; the first average, else the first proxy.
+        reference: the proxy or baseline that differences are to; the first proxy if not given.
         min_candidates: leave out and count the prompts that have fewer.
         measuring: how models are loaded and scored, rows are read (`limit` counts prompts) and intervals made.
         say: is told what is being done, a line each.
@@ -119,7 +121,7 @@ def best_of_n(
         0.1171
     """
     measuring, out = measuring or Measuring(), Path(out)
-    chooser = _chooser(proxies, chooser)
+    chooser, reference = _named(proxies, chooser, reference)
     if n is not None and n < 1:
         raise UsageError(f"-n: expected 1 or more, found {n}")
     check_results(out, BON, overwrite)
@@ -138,9 +140,9 @@ def best_of_n(
     warnings += doubts_after(read, choosers, judges, scores)
     targets = {} if read.gold is None else {"gold": read.gold}
     targets |= {} if control is None else {"control": read.by_row(scores[single(control)].rewards)}
-    curves = pool_curves(choosers, targets, read.clusters, size, measuring.resamples, measuring.seed)
+    curves = pool_curves(choosers, targets, read.clusters, size, measuring.resamples, measuring.seed, reference)
     made = proxy_rows(read, proxies, choosers, scores)
-    record = _record(read, judges, control, size, chooser, measuring, command)
+    record = _record(read, judges, control, size, chooser, reference, measuring, command)
     record["notes"] = [*_left_out(sampled), *_notes(read, scores, targets), *cost_words(made, proxies)]
     chosen = write_chosen(out / CHOSEN, read, choosers, targets, chooser, size, measuring.seed)
     result = BestOfN(
@@ -152,19 +154,20 @@ def best_of_n(
     return result
 
 
-def _chooser(proxies: Sequence[Proxy], name: str | None) -> str:
-    """The proxy whose choices are written."""
+def _named(proxies: Sequence[Proxy], chooser: str | None, reference: str | None) -> tuple[str, str]:
+    """The proxy whose choices are written, and the one that differences are to."""
     if not proxies:
         raise UsageError("no proxy is given: name reward models with --rm, --ensemble or --warm")
     names = [proxy.name for proxy in proxies]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UsageError(f"two proxies are named {quoted(twice[0])}; give each a name of its own")
-    if name is None:
-        return next((proxy.name for proxy in proxies if proxy.kind == WARM), names[0])
-    if name not in names:
-        raise UsageError(f"--choose: expected one of {some(names, 20)}, found {quoted(name)}")
-    return name
+    baselines = [LENGTH, RANDOM]
+    for flag, name, known in (("--choose", chooser, names), ("--reference", reference, [*names, *baselines])):
+        if name is not None and name not in known:
+            raise UsageError(f"{flag}: expected one of {some(known, 20)}, found {quoted(name)}")
+    first_average = next((proxy.name for proxy in proxies if proxy.kind == WARM), names[0])
+    return chooser or first_average, reference or names[0]
 
 
 def _opened(
@@ -221,8 +224,8 @@ def _size(pool: Pool, n: int | None) -> tuple[int, list[Finding]]:
 
 
 def _record(
-    pool: Pool, judges: Mapping[Key, Judge], control: Spec | None, n: int, chooser: str, measuring: Measuring,
-    command: Sequence[str],
+    pool: Pool, judges: Mapping[Key, Judge], control: Spec | None, n: int, chooser: str, reference: str,
+    measuring: Measuring, command: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What bon.json says of how it came about."""
     return {
@@ -238,6 +241,7 @@ def _record(
         "control": None if control is None else str(control),
         "n": n,
         "chooser": chooser,
+        "reference": reference,
         "fingerprints": {plain(" ".join(key)): list(judge.fingerprints) for key, judge in judges.items()},
         "intervals": measuring.intervals(),
         "loading": asdict(measuring.loading),

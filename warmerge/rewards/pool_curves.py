@@ -36,7 +36,7 @@ class Chooser:
 
 @dataclass(frozen=True)
 class PoolCurves:
-    """Tables: `rows` of a proxy at an n, `differences` to the first proxy, `wins` of one proxy against another, `peaks`
+    """Tables: `rows` of a proxy at an n, `differences` to one of them, `wins` of one proxy against another, `peaks`
     and `fits` of a proxy by a target."""
 
     rows: tuple[Row, ...]
@@ -82,15 +82,17 @@ def pool_curves(
     n: int,
     resamples: int = 2000,
     seed: int = 0,
+    reference: str | None = None,
 ) -> PoolCurves:
     """Best-of-1 to best-of-n by every proxy.
 
     Args:
-        choosers: proxies; differences are to the first. One named "oracle" is what regret is measured to.
+        choosers: proxies. One named "oracle" is what regret is measured to.
         targets: what choices are worth, by name, such as "gold" and "control": (N_p,) for each prompt. The first one
             judges who wins.
         clusters: what counts as one prompt, for each prompt.
         n: the largest; every prompt has so many candidates.
+        reference: the proxy that differences are to; the first if not given.
         resamples, seed: of the bootstrap; the seed also breaks ties between equal rewards.
     """
     ns = best_of_n.grid(n)
@@ -106,10 +108,9 @@ def pool_curves(
             values[k, 1:, 0, p] = [numpy.mean(measure) for measure in worth]
     measured = _Measured(choosers, measures, ns, clusters, values, _resampled(values, clusters, resamples, seed))
     wins = () if judge is None else _wins(choosers, judge, targets[judge], clusters, ns, resamples, seed)
-    return PoolCurves(
-        tuple(_rows(measured)), tuple(_differences(measured)), tuple(wins), tuple(_peaks(measured)),
-        tuple(_fits(measured)),
-    )  # fmt: skip
+    differences = _differences(measured, choosers[0].name if reference is None else reference)
+    tables = (_rows(measured), differences, wins, _peaks(measured), _fits(measured))
+    return PoolCurves(*map(tuple, tables))
 
 
 def _resampled(values: Array, clusters: Sequence[str], resamples: int, seed: int) -> Array:
@@ -161,14 +162,16 @@ def _spread(rewards: Array) -> float:
     return 0.0 if (rewards == rewards[0]).all() else float(rewards.std())
 
 
-def _differences(found: _Measured) -> Iterator[Row]:
-    first = found.choosers[0].name
-    for k, chooser in enumerate(found.choosers[1:], start=1):
+def _differences(found: _Measured, reference: str) -> Iterator[Row]:
+    first = next(k for k, chooser in enumerate(found.choosers) if chooser.name == reference)
+    for k, chooser in enumerate(found.choosers):
+        if k == first:
+            continue
         for target in found.targets:
-            (mean, drawn), (to, to_drawn) = found.at(k, target), found.at(0, target)
+            (mean, drawn), (to, to_drawn) = found.at(k, target), found.at(first, target)
             for g, n in enumerate(found.ns):
                 estimate = found.interval(mean[g] - to[g], drawn[:, g] - to_drawn[:, g])
-                yield {"proxy": chooser.name, "to": first, "n": n, "target": target, "difference": estimate.value,
+                yield {"proxy": chooser.name, "to": reference, "n": n, "target": target, "difference": estimate.value,
                        "low": estimate.low, "high": estimate.high}  # fmt: skip
 
 
