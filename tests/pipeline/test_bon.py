@@ -555,6 +555,18 @@ def stop_after_one(loads: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_seconds_of_different_runs_are_not_compared(world: World, tmp_path: Path) -> None:
+    both = (str(world.a), str(world.b))
+    ens, warm = Proxy("ens", "ensemble", both), Proxy("warm", "warm", both)
+    small(world, tmp_path, pool(n=2), proxies=[ens])
+    later = small(world, tmp_path, pool(n=2), proxies=[ens, warm], overwrite=True)
+    assert later.record["notes"][-1].endswith(" MB: seconds of different runs")
+    (tmp_path / "out" / "scores.safetensors").unlink()
+    together = small(world, tmp_path, pool(n=2), proxies=[ens, warm], overwrite=True)
+    assert together.record["notes"][-1].endswith(" x the seconds for the ensemble")
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_proxy_more_scores_only_that(world: World, tmp_path: Path, loads: list[str]) -> None:
     rows = pool(n=2)
     small(world, tmp_path, rows, proxies=rms(world.a, world.b))

@@ -143,7 +143,7 @@ def best_of_n(
     curves = pool_curves(choosers, targets, read.clusters, size, measuring.resamples, measuring.seed, reference)
     made = proxy_rows(read, proxies, choosers, scores)
     record = _record(read, judges, control, size, chooser, reference, measuring, command)
-    record["notes"] = [*_left_out(sampled), *_notes(read, scores, targets), *cost_words(made, proxies)]
+    record["notes"] = [*_left_out(sampled), *_notes(read, scores, targets), *cost_words(made, proxies, scores)]
     chosen = write_chosen(out / CHOSEN, read, choosers, targets, chooser, size, measuring.seed)
     result = BestOfN(
         curves.rows, curves.differences, curves.wins, curves.peaks, curves.fits, tuple(made), chosen,

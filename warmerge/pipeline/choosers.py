@@ -212,7 +212,7 @@ def write_chosen(
     return write_text(path, "".join(lines))
 
 
-def cost_words(rows: Sequence[Mapping[str, Any]], proxies: Sequence[Proxy]) -> list[str]:
+def cost_words(rows: Sequence[Mapping[str, Any]], proxies: Sequence[Proxy], scores: Mapping[Key, Scores]) -> list[str]:
     """What an ensemble costs beside the average of the same members: WARM's claim to efficiency, as measured here."""
     by_name, words = {row["proxy"]: row for row in rows}, []
     # Aggregates of the same members cost the same: the first one stands for them.
@@ -223,10 +223,12 @@ def cost_words(rows: Sequence[Mapping[str, Any]], proxies: Sequence[Proxy]) -> l
                 continue
             many, one = by_name[ensemble.name], by_name[warm.name]
             ratio = many["seconds"] / max(one["seconds"], 1e-9)
+            runs = {scores[key].run for proxy in (ensemble, warm) for key in judges_of(proxy)}
+            told = f"{ratio:.1f} x the seconds for the ensemble" if len(runs) == 1 else "seconds of different runs"
             words.append(
                 f"cost: {plain(ensemble.name)} {many['texts_scored']:,} texts scored, {many['seconds']:.1f} s, "
                 f"{many['weights_bytes'] / 1e6:.0f} MB of weights; {plain(warm.name)} {one['texts_scored']:,}, "
                 f"{one['seconds']:.1f} s (and {one['merge_seconds']:.1f} s to merge), "
-                f"{one['weights_bytes'] / 1e6:.0f} MB: {ratio:.1f} x the seconds for the ensemble"
+                f"{one['weights_bytes'] / 1e6:.0f} MB: {told}"
             )
     return words

@@ -65,7 +65,8 @@ class Judge:
 @dataclass(frozen=True)
 class Scores:
     """A judge's rewards (texts,) and how they came about: seconds to score and to merge, bytes of weights in memory,
-    dtype and device, texts that were cut, reasons for doubt."""
+    dtype and device, texts that were cut, reasons for doubt, and when the run began that computed them: seconds of
+    different runs cannot be compared."""
 
     rewards: Array
     seconds: float
@@ -75,6 +76,7 @@ class Scores:
     prompt_cut: int
     answer_cut: int
     doubts: tuple[tuple[str, str], ...]
+    run: float
 
 
 @dataclass
@@ -86,6 +88,7 @@ class ScoreBook:
     measuring: Measuring
     store: Path | None
     kept: dict[str, Scores] = field(default_factory=dict)
+    begun: float = field(default_factory=time.time)
     _tokens: list[Tokens] = field(default_factory=list)
 
     def missing(self, judges: Sequence[Judge]) -> int:
@@ -122,7 +125,7 @@ class ScoreBook:
         rewards = score(model, tokens, self.measuring.batch_tokens, self.measuring.progress)
         seconds = time.perf_counter() - begun
         computed = f"{str(model.module.dtype).removeprefix('torch.')} on {model.device.type}"
-        return Scores(rewards, seconds, merge_seconds, model.nbytes, computed, *cut, doubts)
+        return Scores(rewards, seconds, merge_seconds, model.nbytes, computed, *cut, doubts, self.begun)
 
     def _tokens_of(self, model: RewardModel) -> Tokens:
         """The tokens of all texts by a model's own rule; those of an earlier model of an equal rule, if any."""
