@@ -126,7 +126,7 @@ def test_a_policy_and_then_its_pool(models: Path, how: Any) -> None:
     assert [(row["prompt"], len(row["candidates"])) for row in rows] == [("Say it.", 4), ("What is the sea?", 4)]
     content = json.loads((models / "out/new/bon.json").read_text(), parse_constant=pytest.fail)
     assert content["notes"][:2] == [
-        "1 prompts were not asked: bad rows, or too long for the policy", "1 rows repeat a prompt, which was asked once"
+        "1 prompt not asked: bad rows, or too long for the policy", "1 row of a prompt that was asked already"
     ]  # fmt: skip
     messages = done.err.splitlines()
     assert messages[0] == "sampling 4 answers of policy to each prompt of prompts.jsonl"
@@ -163,7 +163,7 @@ def test_json_is_one_object(models: Path) -> None:
     assert found["rows"][0]["gold_low"] is None
     assert found == json.loads((models / "out" / "bon.json").read_text())
     assert done.err.splitlines() == [
-        "4 texts, 1 models: 4 rewards to compute",
+        "4 texts, 1 model: 4 rewards to compute",
         "warning: one.jsonl: has one prompt: there are no intervals",
     ]
 
@@ -359,7 +359,7 @@ def test_bad_rows_are_refused_or_counted(models: Path) -> None:
 def test_bad_rows_are_counted_on_request(models: Path) -> None:
     write_rows(models / "pool.jsonl", [*pool(), {"prompt": "why"}])
     done = here("bon", "--pool", "pool.jsonl", "--rm", "a", "-o", "out", "--skip-bad-rows", *QUICK)
-    assert (done.code, done.err) == (0, "48 texts, 1 models: 48 rewards to compute\n")
+    assert (done.code, done.err) == (0, "48 texts, 1 model: 48 rewards to compute\n")
     assert "note: 1 bad rows were left out" in done.out.splitlines()
 
 
@@ -391,7 +391,7 @@ def test_damaged_rewards_are_refused_and_made_anew_on_request(models: Path) -> N
     message = "warmerge: out/scores.safetensors is damaged (its contents changed); add --overwrite to start anew\n"
     assert done == Done(2, "", message)
     anew = here(*command, "--overwrite")
-    assert (anew.code, anew.err) == (0, "48 texts, 1 models: 48 rewards to compute\n")
+    assert (anew.code, anew.err) == (0, "48 texts, 1 model: 48 rewards to compute\n")
     assert re.sub(r" \d+\.\d  ", " ", anew.out) == re.sub(r" \d+\.\d  ", " ", first.out)
 
 

@@ -92,6 +92,15 @@ def plain(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which gets an s where there is not one.
+
+    >>> counted(1, "prompt"), counted(1200, "prompt")
+    ('1 prompt', '1,200 prompts')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def some(names: Iterable[str], shown: int = 5) -> str:
     """The first few of `names`, sorted and quoted, and how many more there are.
 

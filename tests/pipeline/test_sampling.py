@@ -477,8 +477,9 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused_or_left_out(tmp_pa
     found = sample_pool(*arguments, skip_bad_rows=True)
     assert (found.prompts, found.skipped) == (1, 12)
     assert sample_pool(*arguments, skip_bad_rows=True) == found
-    with pytest.raises(RefusedError, match=r"has 256 positions .* 300 together; no prompt fits"):
-        sample_pool(*arguments[:2], tmp_path / "other.jsonl", replace(ASK, max_new_tokens=300))
+    only_long = prompt_file(tmp_path / "long.jsonl", long)
+    with pytest.raises(RefusedError, match=r"has 256 positions .* 9 together; no prompt fits"):
+        sample_pool(arguments[0], only_long, tmp_path / "other.jsonl", replace(ASK, n=2), skip_bad_rows=True)
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -613,13 +614,23 @@ def test_files_of_something_else_are_left_alone(finished: Path, tmp_path: Path) 
         (other, r"other.jsonl exists, without a readable other.sampling.json that says what was asked; choose another"),
         (Path(prompts), r"-o \S+p.jsonl is the file of prompts itself; choose another name"),
         (tmp_path / "pool.json", r"-o: expected a name ending in .jsonl, found '\S+pool.json'"),
-        (tmp_path / "no" / "pool.jsonl", r"-o: the folder \S+/no does not exist; make it first"),
     ):
         with pytest.raises(UsageError, match=what):
             sample_pool(causal_models.folder(), prompts, out, ASK)
     assert other.read_text() == "{}\n"
     found = sample_pool(causal_models.folder(), prompts, other, replace(ASK, n=1), overwrite=True)
     assert len(lines(other)) == found.prompts == 3
+
+
+def test_a_folder_is_made_when_there_is_something_to_put_there(finished: Path, tmp_path: Path) -> None:
+    out, prompts = tmp_path / "new" / "folder" / "pool.jsonl", str(finished / "p.jsonl")
+    with pytest.raises(
+        UsageError, match=r"--max-new-tokens 256: \S+ has 256 positions for a prompt and its answer toge"
+    ):
+        sample_pool(causal_models.folder(), prompts, out, replace(ASK, max_new_tokens=256))
+    assert not (tmp_path / "new").exists()
+    sample_pool(causal_models.folder(), prompts, out, ASK)
+    assert out.read_bytes() == (finished / "pool.jsonl").read_bytes()
 
 
 def test_two_runs_do_not_write_one_pool(finished: Path, tmp_path: Path) -> None:

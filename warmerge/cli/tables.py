@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from warmerge.cli.shared import table, warn
-from warmerge.errors import plain
+from warmerge.errors import counted, plain
 
 if TYPE_CHECKING:
     from warmerge.pipeline.bon import BestOfN
@@ -145,7 +145,8 @@ def _heading(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def print_best_of_n(found: BestOfN) -> None:
     """What the choices are worth by each target, what the proxies cost, how their curves bend, notes."""
     rows, n = [row for row in found.rows if row["n"] == found.record["n"]], found.record["n"]
-    typer.echo(f"\nbest of n = {n}, {rows[0]['prompts']} prompts, {found.record['pool']['candidates']} candidates")
+    candidates = counted(found.record["pool"]["candidates"], "candidate")
+    typer.echo(f"\nbest of n = {n}, {counted(rows[0]['prompts'], 'prompt')}, {candidates}")
     for target in ("gold", "control"):
         if target in rows[0]:
             _print_choices(found, rows, target)

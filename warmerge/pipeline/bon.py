@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, UsageError, plain, quoted, some
+from warmerge.errors import Finding, UsageError, counted, plain, quoted, some
 from warmerge.pipeline.choosers import (
     Key,
     check_chosen,
@@ -132,8 +132,8 @@ def best_of_n(
     warnings += doubts_before(read, proxies, judges, control)
     book = open_book(read.texts, read.fingerprint, measuring, out, overwrite)
     missing = book.missing(list(judges.values()))
-    todo = f"{missing:,} rewards to compute" if missing else "all rewards are kept from an earlier run"
-    say(f"{len(read.texts):,} texts, {len(judges)} models: {todo}")
+    todo = f"{counted(missing, 'reward')} to compute" if missing else "all rewards are kept from an earlier run"
+    say(f"{counted(len(read.texts), 'text')}, {counted(len(judges), 'model')}: {todo}")
     measuring.on_work(missing)
     scores = {key: book.scores(judge) for key, judge in judges.items()}
     choosers = choosers_of(read, proxies, scores)
@@ -197,7 +197,6 @@ def _sampled(
     """Samples the policy, or what is missing of it, into OUT/pool.jsonl."""
     sampling = policy.sampling
     say(f"sampling {sampling.n} answers of {plain(str(policy.checkpoint))} to each prompt of {plain(policy.prompts)}")
-    out.mkdir(parents=True, exist_ok=True)
     return sample_pool(
         policy.checkpoint, policy.prompts, out / POOL, sampling, limit=measuring.limit,
         skip_bad_rows=measuring.skip_bad_rows, overwrite=overwrite, on_work=measuring.on_work,
@@ -218,7 +217,7 @@ def _size(pool: Pool, n: int | None) -> tuple[int, list[Finding]]:
         warnings.append(Finding(pool.source, "has a prompt with one candidate: there is nothing to choose from"))
     prompts = len(set(pool.clusters))
     if prompts < FEW:
-        what = f"has {prompts} prompt{'s' if prompts > 1 else ''}: intervals over so few are too narrow to be trusted"
+        what = f"has {counted(prompts, 'prompt')}: intervals over so few are too narrow to be trusted"
         warnings.append(Finding(pool.source, what if prompts > 1 else "has one prompt: there are no intervals"))
     return smallest if n is None else min(n, smallest), warnings
 
@@ -252,9 +251,12 @@ def _left_out(sampled: SampledPool | None) -> list[str]:
     """How many rows of the prompts were not asked: what the pool itself does not show."""
     if sampled is None:
         return []
-    counts = ((sampled.skipped, "prompts were not asked: bad rows, or too long for the policy"),
-              (sampled.repeats, "rows repeat a prompt, which was asked once"))  # fmt: skip
-    return [f"{count} {what}" for count, what in counts if count]
+    notes = []
+    if sampled.skipped:
+        notes.append(f"{counted(sampled.skipped, 'prompt')} not asked: bad rows, or too long for the policy")
+    if sampled.repeats:
+        notes.append(f"{counted(sampled.repeats, 'row')} of a prompt that was asked already")
+    return notes
 
 
 def _notes(pool: Pool, scores: Mapping[Key, Scores], targets: Mapping[str, Ragged]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, Interrupted, RefusedError, plain
+from warmerge.errors import Finding, Interrupted, RefusedError, UsageError, plain
 from warmerge.pipeline.sampling import pool_file
 from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, dtype_of, open_for_sampling, open_policy, stored_ends
 from warmerge.pipeline.sampling.pool_file import Totals
@@ -141,8 +141,11 @@ def _work(policy: OpenedPolicy, prompts: Prompts, out: Path, settings: Sampling,
     """What is to be sampled, when it is known that every answer fits."""
     ids = [policy.encode(prompt) for prompt in prompts.texts]
     limit = policy.context - settings.max_new_tokens
+    if limit < 1:
+        room = f"{plain(policy.source.label)} has {policy.context} positions for a prompt and its answer together"
+        raise UsageError(f"--max-new-tokens {settings.max_new_tokens}: {room}")
     bad = [
-        Finding(place, f"has {len(row)} tokens, more than {max(limit, 0)}" if row else "has no tokens to begin from")
+        Finding(place, f"has {len(row)} tokens, more than {limit}" if row else "has no tokens to begin from")
         for place, row in zip(prompts.places, ids, strict=True)
         if not 0 < len(row) <= limit
     ]

@@ -48,12 +48,10 @@ def check_out(out: Path, prompts: str) -> None:
     """Refuses a name that a pool cannot have.
 
     Raises:
-        UsageError: another suffix; no such folder; the file of prompts itself; a folder.
+        UsageError: another suffix; the file of prompts itself; a folder.
     """
     if not out.name.endswith(SUFFIX):
         raise UsageError(f"-o: expected a name ending in {SUFFIX}, found {quoted(str(out))}")
-    if not out.parent.is_dir():
-        raise UsageError(f"-o: the folder {plain(str(out.parent))} does not exist; make it first")
     if out.is_dir():
         raise UsageError(f"-o {plain(str(out))} is a folder; choose another name")
     if out.exists() and Path(prompts).exists() and out.samefile(prompts):
@@ -100,6 +98,7 @@ def opened(out: Path, anew: bool) -> Iterator[int]:
     Raises:
         WarmergeError: another run is writing it.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         try:
