@@ -32,12 +32,12 @@ def _silent(texts: int) -> None:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How models are measured: the same for `eval`, `lmc-curve` and accuracy against M.
+    """How models are measured: the same for `eval`, `lmc-curve`, accuracy against M and best-of-N.
 
     Args:
         loading: how models are loaded and texts rendered.
         base: for LoRA adapters, the model that they adapt.
-        limit: a random sample of about so many comparisons of each set, by whole prompts.
+        limit: a random sample of about so many comparisons of each set, by whole prompts; of a pool, so many prompts.
         skip_bad_rows: leave out and count the rows that do not fit, where they would be refused.
         resamples: of the bootstrap over prompts that makes the intervals.
         seed: of the bootstrap and of every random sample.
