@@ -267,7 +267,9 @@ def score(
 
 
 def plot(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Results of eval, lmc-curve, train or bon.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Results of eval, lmc-curve, train or bon.", show_default=False)
+    ],
     debug: Debug = False,
 ) -> None:
     """Draw the figures of a results folder again, from its rows. Example: warmerge plot lmc"""
