@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import bot, lines, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,22 +32,6 @@ from warmerge.rewards.pairs import (
 Row = Mapping[str, Any]
 Writer = Callable[..., str]
 PLAIN = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def bot(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> dict[str, str]:
-    return {"role": "system", "content": content}
-
-
-def lines(rows: Sequence[Any]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:

@@ -6,12 +6,13 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import bot, lines, system, user
 
 from warmerge.errors import RefusedError, UsageError
 from warmerge.rewards.pools import Pool, read_pool, said
@@ -19,22 +20,6 @@ from warmerge.rewards.pools import Pool, read_pool, said
 Row = Mapping[str, Any]
 Writer = Callable[..., str]
 GOOD = {"prompt": "Why?", "candidates": ["Because.", "No."], "gold": [0.5, -1]}
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def bot(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> dict[str, str]:
-    return {"role": "system", "content": content}
-
-
-def lines(rows: Sequence[Any]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 @pytest.fixture

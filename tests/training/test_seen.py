@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import bot, user
 
 from warmerge.errors import Finding
 from warmerge.rewards.bench import Measuring
@@ -31,14 +32,6 @@ UNKNOWN = "whether these models were trained on the pool's prompts is unknown"
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def bot(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 def write_data(path: str | Path, rows: Sequence[Row]) -> None:
@@ -287,6 +280,18 @@ def test_inputs_of_a_merge_are_looked_for_beside_it_where_it_was_made_elsewhere(
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     assert str(seen_in_training([folder], ["p1"])[0]).endswith(shared(1, 1))
+
+
+def test_a_new_head_has_seen_what_its_model_has(here: Path) -> None:
+    """`warmerge probe` names its one input; prompts its own pairs hold are another question."""
+    write_data("pairs.jsonl", ROWS)
+    merged("warm", *trained("runs", "pairs.jsonl"))
+    (here / "probed").mkdir()
+    record = {"input": {"checkpoint": "warm", "fingerprint": "0"}, "sets": []}
+    (here / "probed" / "warmerge.json").write_text(json.dumps(record))
+    assert said([here / "probed"], ["p1", "x"]) == [
+        f"runs/train.json: 1 of the pool's 2 prompts are in its training data (pairs.jsonl); {ADVICE}"
+    ]
 
 
 def test_merges_of_merges_are_followed_and_a_circle_of_them_ends() -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import warmerge
 from warmerge.errors import RefusedError, UsageError, WarmergeError
 from warmerge.weights import output
-from warmerge.weights.output import check_out
+from warmerge.weights.output import check_out, made_of
 
 ROOT = Path(warmerge.__file__).parents[1]
 Members = list[Path]
@@ -772,3 +772,25 @@ def test_the_lock_goes_with_the_process_that_held_it(members: Members, out: Path
             warmerge.average(members, out)
     warmerge.average(members, out)
     assert left(out) == ["out"]
+
+
+# --- what it says afterwards ------------------------------------------------------------------------------------------
+
+
+def test_what_a_folder_was_made_of(tmp_path: Path) -> None:
+    first, second = {"checkpoint": "a", "fingerprint": "1"}, {"checkpoint": "b", "fingerprint": "2"}
+    assert made_of(tmp_path) == []
+    for content, expected in (
+        ({"inputs": [first, second]}, [first, second]),
+        ({"input": first}, [first]),
+        ({"inputs": None}, []),
+        ({"inputs": ["a", first]}, [first]),
+        ({"inputs": [first], "input": "b"}, [first]),
+        ({"inputs": 3}, []),
+        ({}, []),
+        ([first], []),
+    ):
+        (tmp_path / "warmerge.json").write_text(json.dumps(content))
+        assert made_of(tmp_path) == expected, content
+    (tmp_path / "warmerge.json").write_bytes(b'{"inputs": [')
+    assert made_of(tmp_path) == []

@@ -22,9 +22,8 @@ from warmerge.rewards.ensembles import aggregate
 from warmerge.rewards.pool_curves import Chooser, Ragged, tie_orders
 from warmerge.rewards.pools import Pool
 from warmerge.training.seen import seen_in_training
-from warmerge.weights.checkpoint import read_json
 from warmerge.weights.folder import LocalFolder
-from warmerge.weights.output import MANIFEST
+from warmerge.weights.output import made_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,10 +156,10 @@ def doubts_before(
 
 
 def _ingredients(judge: Judge) -> set[str]:
-    """The fingerprints of a judge's weights, and of those that they were averaged from, where warmerge.json says so."""
-    manifests = [read_json(source.folder, MANIFEST) or {} for source in judge.inputs]
-    averaged = [entry.get("fingerprint") for manifest in manifests for entry in manifest.get("inputs", [])]
-    return {*judge.fingerprints, *filter(None, averaged)}
+    """The fingerprints of a judge's weights, and of those that they were made of, where warmerge.json says so."""
+    folders = [source.folder.path for source in judge.inputs if isinstance(source.folder, LocalFolder)]
+    earlier = [str(entry["fingerprint"]) for folder in folders for entry in made_of(folder) if "fingerprint" in entry]
+    return {*judge.fingerprints, *earlier}
 
 
 def doubts_after(

@@ -84,7 +84,7 @@ def pool_curves(
     seed: int = 0,
     reference: str | None = None,
 ) -> PoolCurves:
-    """Best-of-1 to best-of-n by every proxy.
+    """Best-of-1 to best-of-n by every proxy: the tables, n running over `best_of_n.grid`.
 
     Args:
         choosers: proxies. One named "oracle" is what regret is measured to.
@@ -94,6 +94,15 @@ def pool_curves(
         n: the largest; every prompt has so many candidates.
         reference: the proxy that differences are to; the first if not given.
         resamples, seed: of the bootstrap; the seed also breaks ties between equal rewards.
+
+    Raises:
+        UsageError: a prompt with fewer than n candidates, or rows of different lengths.
+        RefusedError: rewards or targets that are NaN or infinite.
+
+    >>> gold = [numpy.array([0.0, 1.0]), numpy.array([2.0, 0.0])]
+    >>> found = pool_curves([Chooser("last", "rm", [numpy.array([1.0, 2.0])] * 2)], {"gold": gold}, ["a", "b"], 2)
+    >>> [(row["n"], row["gold"], row["win"]) for row in found.rows]
+    [(1, 0.75, 0.5), (2, 0.5, 0.5)]
     """
     ns = best_of_n.grid(n)
     judge = next(iter(targets), None)

@@ -11,7 +11,7 @@ from warmerge.rewards.layouts import Comparison, Text
 from warmerge.rewards.pairs import parse_named, read_preferences
 from warmerge.rewards.pools import said
 from warmerge.training.record import MEMBERS, TRAIN
-from warmerge.weights.output import MANIFEST
+from warmerge.weights.output import made_of
 
 
 def seen_in_training(folders: Iterable[Path], prompts: Sequence[Text]) -> list[Finding]:
@@ -35,13 +35,10 @@ def _runs(folder: Path, above: frozenset[Path] = frozenset()) -> set[Path]:
     run = folder.parent.parent
     if folder.parent.name == MEMBERS and (run / TRAIN).is_file():
         return {run}
-    try:
-        inputs = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["inputs"]
-        named = [str(entry["checkpoint"]) for entry in inputs]  # members, and the base of task vectors
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
     if folder in above:
         return set()
+    # Members, the base of task vectors, and what a head was fitted for.
+    named = [str(entry["checkpoint"]) for entry in made_of(folder) if "checkpoint" in entry]
     # As it was typed: relative to where the merge was made, which is often here, or beside its output.
     places = [place for name in named for place in (Path(name), folder.parent / name) if place.is_dir()]
     return {run for place in places for run in _runs(place, above | {folder})}

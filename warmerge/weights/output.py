@@ -43,6 +43,17 @@ class Output:
         return [shard for shard in shards if shard.file not in self.finished]
 
 
+def made_of(folder: Path) -> list[dict[str, Any]]:
+    """What the weights in a folder were made of, by warmerge.json: an entry for each input of a merge or of a new head,
+    with its `checkpoint` as it was typed and its `fingerprint`. [] where nothing readable says so."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = [*manifest.get("inputs", []), *([manifest["input"]] if "input" in manifest else [])]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
 def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Refuses an OUT that would overwrite, or lie in, what is being read.
 
