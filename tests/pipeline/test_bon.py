@@ -665,7 +665,7 @@ def test_candidates_that_repeat_are_counted(world: World, tmp_path: Path, loads:
     rows[1]["candidates"][2] = rows[1]["candidates"][0]
     found = small(world, tmp_path, rows)
     assert found.record["notes"] == [
-        "3 of 33 candidates repeat another one of their prompt; for 1 prompts all are the same, and there is no choice"
+        "3 of 33 candidates repeat another one of their prompt; for 1 prompt all are the same, and there is no choice"
     ]
     # One text, one reward: no two of them differ by how they were batched.
     first, second = (line["rewards"] for line in lines(found.chosen)[:2])
