@@ -269,7 +269,8 @@ def _notes(pool: Pool, scores: Mapping[Key, Scores], targets: Mapping[str, Ragge
     alike = sum(len(set(at.tolist())) == 1 for at in pool.at)
     if repeats:
         words = f"{repeats} of {candidates} candidates repeat another one of their prompt"
-        notes.append(words + (f"; for {counted(alike, 'prompt')} all are the same, and there is no choice" if alike else ""))
+        no_choice = f"; for {counted(alike, 'prompt')} all are the same, and there is no choice"
+        notes.append(words + (no_choice if alike else ""))
     unfinished = sum(row.unfinished for row in pool.rows)
     if unfinished:
         notes.append(f"{unfinished} of {candidates} candidates were cut off where they were sampled")
