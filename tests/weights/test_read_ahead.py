@@ -269,6 +269,20 @@ def test_a_stream_that_ends_is_resumed(
     assert {name: (out / name).read_bytes() for name in local} == local
 
 
+def test_who_still_reads_after_closing_gives_up_at_the_first_fault(hub: LoopbackHub) -> None:
+    """One thread gives up while another is about to ask for its next windows."""
+    checkpoint = open_checkpoint("me/a", streamed=True)
+    part = checkpoint.tensors["model.embed_tokens.weight"].parts[0]
+    ahead = ReadAhead([part])
+    reader = ahead.reader(part.folder)
+    ahead.close()
+    hub.faults.append(Fault(status=429, headers={"Retry-After": "300"}, times=999))
+    begun = time.monotonic()
+    with pytest.raises(RemoteError, match="too many requests"):
+        reader.readinto(part.file, part.offset + 1_000_000, memoryview(bytearray(10)))
+    assert time.monotonic() - begun < 20
+
+
 def test_giving_up_does_not_wait_for_what_is_under_way(hub: LoopbackHub) -> None:
     checkpoint = open_checkpoint("me/a", streamed=True)
     part = checkpoint.tensors["model.embed_tokens.weight"].parts[0]

@@ -184,11 +184,15 @@ class _Lane:
         return number if number is not None and offset < self._windows[number].stop else None
 
     def _ask_for(self, number: int) -> Future[memoryview] | None:
-        """The window, on its way with the ones after it; None when it has been read to its end and forgotten."""
+        """The window, on its way with the ones after it; None when it has been read to its end and forgotten, or when
+        nothing is fetched ahead any more: then who still reads asks for it alone, and gives up at the first fault."""
         with self._lock:
             for other in range(number, min(number + 1 + self._ahead, len(self._windows))):
                 if other not in self._data and self._left[other] > 0:
-                    self._data[other] = self._pool.submit(self._fetch, self._windows[other])
+                    try:
+                        self._data[other] = self._pool.submit(self._fetch, self._windows[other])
+                    except RuntimeError:  # `ReadAhead.close` came in between, from another thread
+                        break
             return self._data.get(number)
 
     def _fetch(self, window: Window) -> memoryview:
