@@ -28,7 +28,8 @@ FLOORS = {
 BELOW_REPORT = 0
 # Tools of several commands, no commands themselves.
 _TOOLS = (
-    "prepare", "kept", "mixtures", "ranking", "proxies", "scorebook", "choosers", "sampling", "engine", "publication",
+    "prepare", "kept", "mixtures", "ranking", "proxies", "scorebook", "rewarders", "choosers", "judging", "sampling",
+    "reinforce", "judging", "rl_runs", "engine", "publication",
 )  # fmt: skip
 SHARED_BY_COMMANDS = {f"warmerge.pipeline.{tool}" for tool in _TOOLS}
 # Libraries that one place alone may import.

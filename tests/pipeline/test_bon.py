@@ -814,7 +814,7 @@ def test_a_model_that_was_trained_on_these_prompts_is_said(world: World, tmp_pat
     proxies = [Proxy("warm", "warm", (str(places[0]), str(places[1])))]
     found = small(world, tmp_path, rows, proxies=proxies)
     assert [str(warning) for warning in found.warnings] == [
-        f"{tmp_path / 'run' / 'train.json'}: 3 of the pool's 11 prompts are in its training data ({data}); models do "
+        f"{tmp_path / 'run' / 'train.json'}: 3 of 11 prompts are in its training data ({data}); models do "
         "better on what they were trained on: use other prompts"
     ]
 

@@ -46,7 +46,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def policy(folder: Path, settings: Sampling = ASK) -> OpenedPolicy:
-    return open_policy(open_for_sampling(folder), settings)
+    return open_policy(open_for_sampling(folder), settings.template, settings.trust_remote_code)
 
 
 def drawn(folder: Path, prompt: Any = LONG, settings: Sampling = ASK, reuse: bool = True) -> list[Drawn]:

@@ -25,7 +25,7 @@ from warmerge.training.settings import TrainSettings
 Row = Mapping[str, Any]
 ROWS = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(10)]
 ADVICE = "models do better on what they were trained on: use other prompts"
-UNKNOWN = "whether these models were trained on the pool's prompts is unknown"
+UNKNOWN = "whether these models were trained on these prompts is unknown"
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def said(folders: Sequence[Path], prompts: Sequence[Any]) -> list[str]:
 
 def shared(count: int, total: int, data: str = "pairs.jsonl", run: str = "runs") -> str:
     where = os.path.join(run, "train.json")
-    return f"{where}: {count} of the pool's {total} prompts are in its training data ({data}); {ADVICE}"
+    return f"{where}: {count} of {total} prompts are in its training data ({data}); {ADVICE}"
 
 
 # --- members ----------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_changed_data_is_said_to_be_also_where_it_shares_nothing_now() -> None:
     changed = "pairs.jsonl, as it is now: it has changed since"
     assert said(folders, ["p1", "p7"]) == [shared(1, 2, changed)]
     # The p7 that the models were trained on is gone: nothing is known of it.
-    what = "its training data pairs.jsonl has changed since: whether it held the pool's prompts is unknown"
+    what = "its training data pairs.jsonl has changed since: whether it held these prompts is unknown"
     assert said(folders, ["p7"]) == [f"{os.path.join('runs', 'train.json')}: {what}"]
 
 
@@ -190,7 +190,7 @@ def test_data_that_is_missing_leaves_it_unknown(here: Path) -> None:
     write_data("pairs.jsonl", ROWS)
     folders = trained("runs", "pairs.jsonl")
     (here / "pairs.jsonl").unlink()
-    what = "its training data pairs.jsonl is not here: whether it holds the pool's prompts is unknown"
+    what = "its training data pairs.jsonl is not here: whether it holds these prompts is unknown"
     assert said(folders, ["p1"]) == [f"{os.path.join('runs', 'train.json')}: {what}"]
     # A data set on the Hub is not fetched for this.
     path = here / "runs" / "train.json"
@@ -290,7 +290,7 @@ def test_a_new_head_has_seen_what_its_model_has(here: Path) -> None:
     record = {"input": {"checkpoint": "warm", "fingerprint": "0"}, "sets": []}
     (here / "probed" / "warmerge.json").write_text(json.dumps(record))
     assert said([here / "probed"], ["p1", "x"]) == [
-        f"runs/train.json: 1 of the pool's 2 prompts are in its training data (pairs.jsonl); {ADVICE}"
+        f"runs/train.json: 1 of 2 prompts are in its training data (pairs.jsonl); {ADVICE}"
     ]
 
 

@@ -129,7 +129,7 @@ def best_of_n(
     read, judges, sampled = _opened(pool, proxies, control, out, min_candidates, measuring, overwrite, say)
     size, warnings = _size(read, n)
     warnings += [] if sampled is None else sampled.warnings
-    warnings += doubts_before(read, proxies, judges, control)
+    warnings += doubts_before([row.prompt for row in read.rows], proxies, judges, control)
     book = open_book(read.texts, read.fingerprint, measuring, out, overwrite)
     missing = book.missing(list(judges.values()))
     todo = f"{counted(missing, 'reward')} to compute" if missing else "all rewards are kept from an earlier run"

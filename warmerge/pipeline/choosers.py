@@ -28,6 +28,8 @@ from warmerge.weights.output import made_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from warmerge.rewards.layouts import Text
+
 # The key of a model among the judges: its checkpoint, or for an average the name of its proxy.
 Key = tuple[str, str]
 
@@ -132,7 +134,7 @@ def proxy_rows(
 
 
 def doubts_before(
-    pool: Pool, proxies: Sequence[Proxy], judges: Mapping[Key, Judge], control: Spec | None
+    prompts: Sequence[Text], proxies: Sequence[Proxy], judges: Mapping[Key, Judge], control: Spec | None
 ) -> list[Finding]:
     """Reasons for doubt that need no score: merges, a control that is a proxy, models trained on these prompts."""
     found = [warning for judge in judges.values() for warning in judge.warnings]
@@ -152,7 +154,7 @@ def doubts_before(
             found.append(Finding(str(control), what))
     folders = [source.folder for judge in judges.values() for source in judge.inputs]
     local = {folder.path for folder in folders if isinstance(folder, LocalFolder)}
-    return found + seen_in_training(local, [row.prompt for row in pool.rows])
+    return found + seen_in_training(local, prompts)
 
 
 def _ingredients(judge: Judge) -> set[str]:

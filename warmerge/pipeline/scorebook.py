@@ -114,8 +114,7 @@ class ScoreBook:
     def _score(self, judge: Judge) -> Scores:
         model = load_reward_model(judge.inputs[0], self.measuring.loading, self.measuring.base)
         begun = time.perf_counter()
-        if judge.plan is not None:
-            model = fill(model, judge.plan, judge.label, self.measuring.threads)
+        model = _filled(model, judge, self.measuring)
         merge_seconds = time.perf_counter() - begun
         doubts = tuple((doubt.where, doubt.what) for doubt in doubts_of(model))
         # Made before the clock runs: only the first model would pay for the tokens that all of them use.
@@ -168,6 +167,20 @@ def open_judge(checkpoint: Spec, base: Spec | None = None) -> Judge:
         raise RefusedError([Finding(opened.label, what)])
     (source,) = make_local([opened])
     return Judge(source.label, (source,), (read_sample(source).fingerprint,))
+
+
+def load_judge(judge: Judge, measuring: Measuring) -> RewardModel:
+    """A judge with its weights in memory, merged there if it is an average.
+
+    Raises:
+        UsageError, RefusedError, WarmergeError: as `load_reward_model` and `fill`.
+    """
+    return _filled(load_reward_model(judge.inputs[0], measuring.loading, measuring.base), judge, measuring)
+
+
+def _filled(model: RewardModel, judge: Judge, measuring: Measuring) -> RewardModel:
+    """The model of a judge's first input, with the weights of the average where it is one."""
+    return model if judge.plan is None else fill(model, judge.plan, judge.label, measuring.threads)
 
 
 def open_average(label: str, checkpoints: Sequence[Spec], base: Spec | None = None) -> Judge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Mapping
@@ -82,6 +83,13 @@ def not_causal(source: Checkpoint, config: Any) -> str | None:
         return f"{'an' if kind[0] in 'aeioux' else 'a'} {kind.upper()} encoder"
     own_code = "AutoModelForCausalLM" in (source.config or {}).get("auto_map", {})
     return None if own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else f"a {kind} model"
+
+
+def merged_state(module: Any) -> dict[str, torch.Tensor]:
+    """The weights of a language model with its LoRA adapters merged into them, on the CPU; `module` stays as it is."""
+    copied = copy.deepcopy(module).to("cpu")
+    state: dict[str, torch.Tensor] = copied.merge_and_unload().state_dict()
+    return state
 
 
 def write_language_model(

@@ -51,11 +51,11 @@ def _shared(run: Path, wanted: set[str]) -> list[Finding]:
         asked, limit, seed = record["asked"], record["measuring"]["limit"], record["measuring"]["seed"]
         source, fingerprint = parse_named(asked["data"])[1], asked["data_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, WarmergeError):
-        return [Finding(where, "cannot be read: whether these models were trained on the pool's prompts is unknown")]
+        return [Finding(where, "cannot be read: whether these models were trained on these prompts is unknown")]
     # Relative to where it was typed: beside the run's folder most often, or here.
     path = next((place for place in (run.parent / source, Path(source)) if place.exists()), None)
     if path is None:
-        what = f"its training data {plain(source)} is not here: whether it holds the pool's prompts is unknown"
+        what = f"its training data {plain(source)} is not here: whether it holds these prompts is unknown"
         return [Finding(where, what)]
     try:
         found = read_preferences(str(path), skip_bad_rows=True, limit=limit, seed=seed)
@@ -63,12 +63,12 @@ def _shared(run: Path, wanted: set[str]) -> list[Finding]:
         return [Finding(where, f"its training data cannot be read, so that its prompts are unknown: {error}")]
     both, changed = wanted & {_prompt(comparison) for comparison in found.comparisons}, found.fingerprint != fingerprint
     if changed and not both:
-        what = f"its training data {plain(source)} has changed since: whether it held the pool's prompts is unknown"
+        what = f"its training data {plain(source)} has changed since: whether it held these prompts is unknown"
         return [Finding(where, what)]
     if not both:
         return []
     now = ", as it is now: it has changed since" if changed else ""
-    what = f"{len(both)} of the pool's {len(wanted)} prompts are in its training data ({plain(source)}{now})"
+    what = f"{len(both)} of {len(wanted)} prompts are in its training data ({plain(source)}{now})"
     return [Finding(where, f"{what}; models do better on what they were trained on: use other prompts")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,26 @@ def trainable(member: Member, init: Path, device: torch.device) -> Any:
 
 def _with_lora(module: Any, member: Member) -> Any:
     """Adapters of the same start for the same seed, at every linear layer of the body; the head is trained whole."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
+
+    heads = [name for name, layer in head_layers(module).items() if next(layer.parameters(), None) is not None]
+    torch.manual_seed(member.seed)
+    # With another task the head would stay as it is, and would not be saved.
+    config = lora_config(module, member.recipe.lora, "SEQ_CLS", member.dropout, heads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property of transformers that has a new name
+        return get_peft_model(module, config)
+
+
+def lora_config(module: Any, rank: int, task: str, dropout: float = 0.0, whole: Sequence[str] = ()) -> Any:
+    """PEFT's config of adapters at every linear layer of the body: not at its head, be it a reward's or a language
+    model's.
+
+    Args:
+        task: one of PEFT's task types.
+        whole: layers that are trained with all their weights.
+    """
+    from peft import LoraConfig, TaskType
     from transformers.pytorch_utils import Conv1D
 
     body = next(name for name, child in module.named_modules() if child is module.base_model)
@@ -72,20 +92,15 @@ def _with_lora(module: Any, member: Member) -> Any:
         f"{body}.{name}": layer for name, layer in module.base_model.named_modules()
         if isinstance(layer, nn.Linear | Conv1D)
     }  # fmt: skip
-    heads = [name for name, layer in head_layers(module).items() if next(layer.parameters(), None) is not None]
-    torch.manual_seed(member.seed)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,  # with another one the head would stay as it is, and would not be saved
-        r=member.recipe.lora,
-        lora_alpha=2 * member.recipe.lora,
-        lora_dropout=member.dropout,
+    return LoraConfig(
+        task_type=TaskType[task],
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
         target_modules=list(targets),
-        modules_to_save=heads,
+        modules_to_save=list(whole) or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property of transformers that has a new name
-        return get_peft_model(module, config)
 
 
 def rewards(

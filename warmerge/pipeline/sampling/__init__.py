@@ -12,9 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, Interrupted, RefusedError, UsageError, plain
+from warmerge.errors import Finding, Interrupted, plain
 from warmerge.pipeline.sampling import pool_file
-from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, dtype_of, open_for_sampling, open_policy, stored_ends
+from warmerge.pipeline.sampling.policy import (
+    Drawn,
+    OpenedPolicy,
+    contents_of,
+    dtype_of,
+    fitting,
+    open_for_sampling,
+    open_policy,
+)
 from warmerge.pipeline.sampling.pool_file import Totals
 from warmerge.pipeline.sampling.prompts import Prompts, read_prompts
 from warmerge.pipeline.sampling.settings import Sampling
@@ -22,15 +30,12 @@ from warmerge.rewards.layouts import Text, canonical
 from warmerge.rewards.pools import said
 from warmerge.version import versions
 from warmerge.weights.checkpoint import Checkpoint
-from warmerge.weights.samples import read_sample
-from warmerge.weights.small_files import tokenizer_digest
 
 __all__ = ["Prompts", "SampledPool", "Sampling", "read_prompts", "sample_pool"]
 # Prompts (token ids, seed) -> what was sampled after each, in their order.
 Generate = Callable[[Iterable[tuple[list[int], int]]], Iterator[list[Drawn]]]
 # More answers cut than this are worth a warning: a reward of half an answer says little.
 _MANY_CUT = 0.05
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,9 @@ def sample_pool(
     record = pool_file.begun(target, asked, overwrite)
     held = pool_file.finished(target, record)
     if held is None:
-        work = _work(open_policy(opened, settings), found, target, settings, skip_bad_rows)
+        work = _work(
+            open_policy(opened, settings.template, settings.trust_remote_code), found, target, settings, skip_bad_rows
+        )
         generate = _generator(work.policy, settings, max(map(len, work.ids)))
         fresh = {"asked": asked, "policy": str(policy), "prompts": str(prompts), "versions": versions(), "seconds": 0.0}
         with pool_file.opened(target, anew=not record) as descriptor:
@@ -130,34 +137,13 @@ def _asked(policy: Checkpoint, prompts: Prompts, settings: Sampling) -> dict[str
     chosen = asdict(settings)
     for name in ("batch", "device", "trust_remote_code"):
         del chosen[name]
-    config = hashlib.sha256(canonical(policy.config).encode()).hexdigest()[:16]
-    return {
-        "policy": read_sample(policy).fingerprint, "config": config, "tokenizer": tokenizer_digest(policy),
-        "ends": stored_ends(policy), "prompts": prompts.digest, **chosen, "dtype": dtype_of(policy, settings),
-    }  # fmt: skip
+    return {**contents_of(policy), "prompts": prompts.digest, **chosen, "dtype": dtype_of(policy, settings)}
 
 
 def _work(policy: OpenedPolicy, prompts: Prompts, out: Path, settings: Sampling, skip_too_long: bool) -> _Work:
     """What is to be sampled, when it is known that every answer fits."""
-    ids = [policy.encode(prompt) for prompt in prompts.texts]
-    limit = policy.context - settings.max_new_tokens
-    if limit < 1:
-        room = f"{plain(policy.source.label)} has {policy.context} positions for a prompt and its answer together"
-        raise UsageError(f"--max-new-tokens {settings.max_new_tokens}: {room}")
-    bad = [
-        Finding(place, f"has {len(row)} tokens, more than {limit}" if row else "has no tokens to begin from")
-        for place, row in zip(prompts.places, ids, strict=True)
-        if not 0 < len(row) <= limit
-    ]
-    if bad and not (skip_too_long and len(bad) < len(ids)):
-        room = f"{plain(policy.source.label)} has {policy.context} positions for a prompt and --max-new-tokens"
-        more = f"... and {len(bad) - _SHOWN} more; " if len(bad) > _SHOWN else ""
-        hint = "--skip-bad-rows leaves such prompts out and counts them" if len(bad) < len(ids) else "no prompt fits"
-        summary = Finding("--max-new-tokens", f"{more}{room} {settings.max_new_tokens} together; {hint}")
-        raise RefusedError([*bad[:_SHOWN], summary])
-    kept = [(prompt, row) for prompt, row in zip(prompts.texts, ids, strict=True) if 0 < len(row) <= limit]
-    texts, rows = zip(*kept, strict=True)
-    return _Work(policy, texts, rows, out, settings, len(bad))
+    asked = fitting(policy, prompts, settings.max_new_tokens, skip_too_long)
+    return _Work(policy, asked.texts, asked.ids, out, settings, asked.left_out)
 
 
 def _generator(policy: OpenedPolicy, settings: Sampling, longest: int) -> Generate:

@@ -3,6 +3,7 @@ by a generator."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.pipeline.sampling.prompts import Prompts
 from warmerge.pipeline.sampling.settings import Sampling
-from warmerge.rewards.layouts import Text
+from warmerge.rewards.layouts import Text, canonical
 from warmerge.rewards.model import DTYPES, transformers_config
 from warmerge.rewards.render import plain_text
 from warmerge.rewards.tokenizer import open_tokenizer
@@ -21,6 +23,10 @@ from warmerge.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
 from warmerge.weights.folder import LocalFolder
 from warmerge.weights.kernels import TORCH_DTYPE
 from warmerge.weights.locate import make_local, open_checkpoint
+from warmerge.weights.samples import read_sample
+from warmerge.weights.small_files import tokenizer_digest
+
+_SHOWN = 10
 
 
 class Drawn(NamedTuple):
@@ -109,6 +115,43 @@ class OpenedPolicy:
         return list(ids)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Prompts that leave room for an answer, and their token ids; `left_out` counts those that did not."""
+
+    texts: tuple[Text, ...]
+    ids: tuple[list[int], ...]
+    left_out: int
+
+
+def fitting(policy: OpenedPolicy, prompts: Prompts, max_new_tokens: int, skip_too_long: bool) -> Questions:
+    """The prompts that fit into the policy's context together with an answer.
+
+    Raises:
+        UsageError: no prompt at all could fit.
+        RefusedError: some do not (ten are named), and not `skip_too_long`; `OpenedPolicy.encode` refuses one.
+    """
+    ids = [policy.encode(prompt) for prompt in prompts.texts]
+    limit = policy.context - max_new_tokens
+    if limit < 1:
+        room = f"{plain(policy.source.label)} has {policy.context} positions for a prompt and its answer together"
+        raise UsageError(f"--max-new-tokens {max_new_tokens}: {room}")
+    bad = [
+        Finding(place, f"has {len(row)} tokens, more than {limit}" if row else "has no tokens to begin from")
+        for place, row in zip(prompts.places, ids, strict=True)
+        if not 0 < len(row) <= limit
+    ]
+    if bad and not (skip_too_long and len(bad) < len(ids)):
+        room = f"{plain(policy.source.label)} has {policy.context} positions for a prompt and --max-new-tokens"
+        more = f"... and {len(bad) - _SHOWN} more; " if len(bad) > _SHOWN else ""
+        hint = "--skip-bad-rows leaves such prompts out and counts them" if len(bad) < len(ids) else "no prompt fits"
+        summary = Finding("--max-new-tokens", f"{more}{room} {max_new_tokens} together; {hint}")
+        raise RefusedError([*bad[:_SHOWN], summary])
+    kept = [(prompt, row) for prompt, row in zip(prompts.texts, ids, strict=True) if 0 < len(row) <= limit]
+    texts, rows = zip(*kept, strict=True)
+    return Questions(texts, rows, len(bad))
+
+
 def open_for_sampling(spec: str | Path) -> Checkpoint:
     """The checkpoint of a policy, from its headers alone.
 
@@ -125,7 +168,7 @@ def open_for_sampling(spec: str | Path) -> Checkpoint:
     return source
 
 
-def open_policy(opened: Checkpoint, settings: Sampling) -> OpenedPolicy:
+def open_policy(opened: Checkpoint, template: str = "auto", trust_remote_code: bool = False) -> OpenedPolicy:
     """The policy of a checkpoint: its config, its tokenizer, and the rule for its prompts.
 
     Raises:
@@ -133,28 +176,37 @@ def open_policy(opened: Checkpoint, settings: Sampling) -> OpenedPolicy:
         RefusedError: no causal language model; no tokenizer, or one with more tokens than the model has.
     """
     (source,) = make_local([opened])
-    config = transformers_config(source, settings.trust_remote_code, labels=1)
+    config = transformers_config(source, trust_remote_code, labels=1)
     if (kind := not_causal(source, config)) is not None:
         what = f"is {kind}, which writes no text; give a causal language model"
         raise RefusedError([Finding(f"--policy {plain(source.label)}", what)])
-    tokenizer = open_tokenizer(source, settings.trust_remote_code)
+    tokenizer = open_tokenizer(source, trust_remote_code)
     inner = config.get_text_config()
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= inner.vocab_size:
         what = f"has a tokenizer with ids up to {highest}, but {inner.vocab_size} tokens: not the model's tokenizer"
         raise RefusedError([Finding(source.label, what)])
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    if settings.template == "chat" and not has_template:
+    if template == "chat" and not has_template:
         raise UsageError(f"--policy-template chat: the tokenizer of {plain(source.label)} has no chat template")
     own_end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return OpenedPolicy(
         source,
         config,
         tokenizer,
-        "chat" if has_template and settings.template != "plain" else "plain",
+        "chat" if has_template and template != "plain" else "plain",
         tuple(dict.fromkeys([*stored_ends(source), *own_end])),
         int(getattr(inner, "max_position_embeddings", None) or tokenizer.model_max_length),
     )
+
+
+def contents_of(source: Checkpoint) -> dict[str, Any]:
+    """What decides how a policy answers: its weights and its small files."""
+    config = hashlib.sha256(canonical(source.config).encode()).hexdigest()[:16]
+    return {
+        "policy": read_sample(source).fingerprint, "config": config, "tokenizer": tokenizer_digest(source),
+        "ends": stored_ends(source),
+    }  # fmt: skip
 
 
 def stored_ends(source: Checkpoint) -> list[int]:

@@ -1,0 +1,318 @@
+"""A run: the start measured, the policy optimised, a row for each step, samples and policies kept on the way.
+
+OUT/start.jsonl         answers of the start policy, with each member's reward: scales and r_ref are made of them
+OUT/rows.jsonl          a row each step, as it is made
+OUT/samples/step-N.jsonl  answers to the same held-out prompts after N steps: to be read
+OUT/step-N/             the policy after N steps
+OUT/working/            TRL's checkpoints, while it trains: the same command goes on from the last one
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError, plain
+from warmerge.pipeline.reinforce.reward import Rewards, combined, scales_of
+from warmerge.pipeline.reinforce.settings import RlSettings
+from warmerge.pipeline.reinforce.trainer import answers_to, make_trainer, order_of
+from warmerge.pipeline.rewarders import Texts
+from warmerge.pipeline.sampling.policy import Answer, Drawn, OpenedPolicy, Questions
+from warmerge.report.results import write_text
+from warmerge.rewards.tokenizer import quiet
+from warmerge.training.language_model import merged_state, write_language_model
+
+ROWS, START, SAMPLES, WORKING = "rows.jsonl", "start.jsonl", "samples", "working"
+# TRL's checkpoints are not written in one go: one that was written to its end carries this file.
+_WHOLE = "whole"
+# Nats per token between the policy and its start before the first update: they are one model.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is optimised, on which prompts, into which folder. `held_out` are asked now and then, and not trained on."""
+
+    policy: OpenedPolicy
+    training: Questions
+    held_out: Questions
+    rewards: Rewards
+    out: Path
+
+    @property
+    def settings(self) -> RlSettings:
+        return self.rewards.settings
+
+    @property
+    def kept(self) -> dict[int, Path]:
+        """After which steps the policy is kept, and where."""
+        every, last = self.settings.keep_every, self.settings.steps
+        return {step: self.out / f"step-{step}" for step in sorted({*range(every, last + 1, every), last})}
+
+
+def run(task: Task, begin: Callable[[], None], progress: Callable[[Mapping[str, Any]], None]) -> None:
+    """Optimises the policy; one that was interrupted goes on from its last checkpoint, to the same weights.
+
+    Under `accelerate launch` every rank calls this: each batch is split between them.
+
+    Args:
+        begin: called once on the first rank when all is ready to begin, before anything is written into the folder.
+        progress: is given each step's row.
+
+    Raises:
+        Interrupted: Ctrl-C. WarmergeError: out of memory; a loss or a reward that is not finite.
+        RefusedError: rewards that teach nothing; as `make_trainer`.
+    """
+    working = task.out / WORKING
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL reads a property of transformers that has a new name
+        try:
+            trainer = make_trainer(task.policy, task.training, task.rewards, working)
+            wait = trainer.accelerator.wait_for_everyone
+            wait()  # until every rank has looked at what lies in the folder
+            if trainer.is_world_process_zero():
+                begin()
+                _remove_partial(working)
+            wait()
+            last = _last_whole(working)
+            done = 0 if last is None else _step(last)
+            if trainer.is_world_process_zero():
+                _cut_rows(task.out / ROWS, done)
+            trainer.add_callback(_callback(task, trainer, wait, progress))
+            if done < task.settings.steps:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            else:  # stopped after its last step
+                measure_start(task, trainer)
+        except KeyboardInterrupt:
+            at = _last_whole(working)
+            found = "nothing is kept" if at is None else f"step {_step(at)} is kept in {plain(str(working))}"
+            raise Interrupted(f"stopped; {found}; the same command goes on") from None
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                raise
+            raise WarmergeError(_out_of_memory(task.settings)) from error
+    wait()
+
+
+# --- while it trains --------------------------------------------------------------------------------------------------
+
+
+def _callback(task: Task, trainer: Any, wait: Callable[[], None], progress: Callable[[Mapping[str, Any]], None]) -> Any:
+    """Measures the start, writes rows and samples, keeps policies and checkpoints."""
+    from transformers import TrainerCallback
+
+    settings, rows, kept = task.settings, task.out / ROWS, task.kept
+
+    class Keeping(TrainerCallback):  # type: ignore[misc]
+        begun = seconds = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            measure_start(task, trainer)
+            if state.global_step == 0:
+                write_samples(task, trainer, 0)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds = time.perf_counter() - self.begun
+            control.should_save |= state.global_step in kept
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            # Before anything is saved of this step.
+            if "loss" not in (logs or {}):
+                return
+            row = row_of({**logs, "step": state.global_step}, settings, self.seconds)
+            _refuse_broken(row, settings)
+            if state.is_world_process_zero:
+                with rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                progress(row)
+            if state.global_step % settings.sample_every == 0 or state.global_step == settings.steps:
+                write_samples(task, trainer, state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step in kept:
+                _write_policy(task, trainer, kept[state.global_step])
+            wait()  # each rank writes a part of TRL's checkpoint
+            if state.is_world_process_zero:
+                written = task.out / WORKING / f"checkpoint-{state.global_step}"
+                (written / _WHOLE).touch()
+                for other in written.parent.glob("checkpoint-*"):
+                    if other != written:
+                        shutil.rmtree(other)
+
+    return Keeping()
+
+
+def row_of(logs: Mapping[str, Any], settings: RlSettings, seconds: float) -> dict[str, Any]:
+    """A step as TRL logs it, in warmerge's words; all of it is of answers that were sampled before the update.
+
+    TRL's kl is per token: the sum over all tokens divided by their number. Times the mean length it is per answer.
+    """
+    length = logs["completions/mean_length"]
+    return {
+        "step": logs["step"],
+        "proxy": logs["rewards/proxy/mean"], "proxy_std": logs["rewards/proxy/std"],
+        "reward": logs["reward"], "reward_std": logs["reward_std"],
+        "control": logs.get("rewards/control/mean"), "control_std": logs.get("rewards/control/std"),
+        "disagreement": logs.get("disagreement"),
+        "kl_token": logs["kl"], "kl_sequence": logs["kl"] * length,
+        "length": length, "entropy": logs["entropy"], "truncated": logs["completions/clipped_ratio"],
+        "cut": logs["cut"], "no_signal": logs["frac_reward_zero_std"],
+        "lr": logs["learning_rate"], "gradient_norm": logs["grad_norm"],
+        "tokens_per_second": length * settings.batch / max(seconds, 1e-9), "seconds": seconds,
+    }  # fmt: skip
+
+
+def _refuse_broken(row: Mapping[str, Any], settings: RlSettings) -> None:
+    """Stops a run that has lost its way, or that was never on it."""
+    found = {key: row[key] for key in ("gradient_norm", "kl_sequence", "entropy")}
+    if not all(math.isfinite(value) for value in found.values()):
+        said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in found.items())
+        what = f"step {row['step']} is not finite ({said}); try a lower --lr or a larger --kl-coef"
+        raise WarmergeError(f"{what}. Earlier steps are kept")
+    if row["step"] == 1 and abs(row["kl_token"]) > _SAME:
+        what = f"before the first update the policy differs from its start by {row['kl_token']:.3g} nats per token"
+        raise WarmergeError(f"{what}: TRL loaded another model as reference; KL would be measured to the wrong start")
+
+
+def measure_start(task: Task, trainer: Any) -> None:
+    """The scales of the rewards and r_ref, from answers of the start policy: sampled once, and read again later."""
+    rewards, path, settings = task.rewards, task.out / START, task.settings
+    asked = list(dict.fromkeys(order_of(len(task.training.texts), settings)))
+    if settings.shaping != "sigmoid":
+        asked = asked[: settings.start_answers]
+    if not path.exists():
+        ids = [task.training.ids[number] for number in asked]
+        if settings.shaping != "sigmoid":  # few prompts are asked several times
+            ids = [ids[i % len(ids)] for i in range(settings.start_answers)]
+            asked = [asked[i % len(asked)] for i in range(settings.start_answers)]
+        answers = _read(task.policy, task.training, asked, answers_to(trainer, ids, task.policy.ends, settings.seed))
+        texts = [(task.training.texts[number], answer.text) for number, answer in zip(asked, answers, strict=True)]
+        members, _ = rewards.of_members(texts)
+        if trainer.is_world_process_zero():
+            lines = [
+                {"number": number, "prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
+                 "finished": answer.finished, "rewards": column}
+                for number, (prompt, _), answer, column in zip(asked, texts, answers, members.T.tolist(), strict=True)
+            ]  # fmt: skip
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        trainer.accelerator.wait_for_everyone()
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    members = numpy.array([line["rewards"] for line in found]).T
+    rewards.scales = scales_of(rewards.definition, members)
+    if settings.shaping == "sigmoid":
+        references = combined(rewards.definition, members, rewards.scales)
+        rewards.references = {line["number"]: float(r) for line, r in zip(found, references, strict=True)}
+
+
+def write_samples(task: Task, trainer: Any, step: int) -> None:
+    """Answers to the held-out prompts, with their rewards: so that one can read what the numbers mean."""
+    if not task.held_out.texts:
+        return
+    seed = int(numpy.random.SeedSequence([task.settings.seed, 1 + step]).generate_state(1)[0])
+    drawn = answers_to(trainer, task.held_out.ids, task.policy.ends, seed)
+    if not trainer.is_world_process_zero():
+        return
+    answers = _read(task.policy, task.held_out, range(len(drawn)), drawn)
+    texts = [(prompt, answer.text) for prompt, answer in zip(task.held_out.texts, answers, strict=True)]
+    members, _ = task.rewards.of_members(texts)
+    assert task.rewards.scales is not None, "the start was measured"
+    proxy = combined(task.rewards.definition, members, task.rewards.scales).tolist()
+    judge = task.rewards.judge
+    control = [None] * len(texts) if judge is None else judge.rewards(texts).rewards.tolist()
+    lines = [
+        {
+            "prompt": prompt,
+            "answer": text,
+            "proxy": r,
+            "control": c,
+            "tokens": answer.tokens,
+            "finished": answer.finished,
+        }
+        for (prompt, text), answer, r, c in zip(texts, answers, proxy, control, strict=True)
+    ]
+    (task.out / SAMPLES).mkdir(exist_ok=True)
+    write_text(
+        task.out / SAMPLES / f"step-{step}.jsonl",
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+    )
+
+
+def _read(policy: OpenedPolicy, asked: Questions, numbers: Sequence[int], drawn: Sequence[Drawn]) -> list[Answer]:
+    return [
+        policy.answer(asked.texts[number], asked.ids[number], one) for number, one in zip(numbers, drawn, strict=True)
+    ]
+
+
+def reader(policy: OpenedPolicy, training: Questions) -> Callable[..., tuple[Texts, Any]]:
+    """What `Rewards` reads a step's answers with."""
+
+    def read(prompts: Sequence[str], completion_ids: Sequence[list[int]]) -> tuple[Texts, Any]:
+        numbers = [int(prompt) for prompt in prompts]
+        drawn = [Drawn(list(ids), ids[-1] in policy.ends) for ids in completion_ids]
+        answers = _read(policy, training, numbers, drawn)
+        texts: Texts = [(training.texts[number], answer.text) for number, answer in zip(numbers, answers, strict=True)]
+        return texts, numpy.array([answer.finished for answer in answers])
+
+    return read
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def _write_policy(task: Task, trainer: Any, folder: Path) -> None:
+    module = trainer.accelerator.unwrap_model(trainer.model)
+    if task.settings.lora:
+        state, module = merged_state(module), module.get_base_model()
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        write_language_model(task.policy.source, task.policy.tokenizer, module, state, folder)
+
+
+def _cut_rows(path: Path, done: int) -> None:
+    """The rows of the steps that are kept; later ones are made again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines]
+    if steps != list(range(1, done + 1)):
+        what = f"does not hold a row for each of the {done} steps that are kept; delete the folder to begin again"
+        raise RefusedError([Finding(str(path), what)])
+    write_text(path, "".join(lines))
+
+
+def _remove_partial(working: Path) -> None:
+    for path in working.glob("checkpoint-*"):
+        if not (path / _WHOLE).exists():
+            shutil.rmtree(path)
+
+
+def _last_whole(working: Path) -> Path | None:
+    """The last checkpoint that was written to its end."""
+    return max((path.parent for path in working.glob(f"checkpoint-*/{_WHOLE}")), key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _out_of_memory(settings: RlSettings) -> str:
+    """Which knobs take less memory, and how they stand."""
+    smaller = ("micro_batch", "max_new_tokens", "batch") if settings.micro_batch > 1 else ("max_new_tokens", "batch")
+    words = ", ".join(f"--{name.replace('_', '-')} (now {getattr(settings, name)})" for name in smaller)
+    more = [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+    more += [] if settings.lora else ["--lora RANK"]
+    more += [] if settings.precision == "bfloat16" else ["--precision bfloat16"]
+    added = f", or add {', '.join(more)}" if more else ""
+    return f"out of memory: turn down {words}{added}. What is kept stays so, but goes on only with the same settings"
