@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from warmerge.pipeline.bon import BestOfN, Policy, best_of_n
     from warmerge.pipeline.evaluate import Evaluation, evaluate
     from warmerge.pipeline.inspect import Inspection, inspect
+    from warmerge.pipeline.judging.llm import LlmJudge
     from warmerge.pipeline.lmc import Curve, lmc_curve
     from warmerge.pipeline.probe import Probed, probe
     from warmerge.pipeline.proxies import Proxy
     from warmerge.pipeline.push import Pushed, push
+    from warmerge.pipeline.reinforce.settings import RlSettings
+    from warmerge.pipeline.rl import Optimised, optimise_policy
+    from warmerge.pipeline.rl_report import RlReport, rl_report
     from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
     from warmerge.pipeline.score import ScoredFile, reward_function, score_file
     from warmerge.pipeline.train import Trained, train
     from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
+    from warmerge.pipeline.winrate import WinRates, win_rate
     from warmerge.rewards.bench import Measuring
     from warmerge.rewards.model import LoadOptions
     from warmerge.training.recipe import Recipe
@@ -39,9 +44,11 @@ __all__ = [
     "Finding",
     "Inspection",
     "Interrupted",
+    "LlmJudge",
     "LoadOptions",
     "Measuring",
     "Merged",
+    "Optimised",
     "Policy",
     "Probed",
     "Proxy",
@@ -49,6 +56,8 @@ __all__ = [
     "Recipe",
     "RefusedError",
     "RemoteError",
+    "RlReport",
+    "RlSettings",
     "SampledPool",
     "Sampling",
     "ScoredFile",
@@ -57,6 +66,7 @@ __all__ = [
     "Trained",
     "UsageError",
     "WarmergeError",
+    "WinRates",
     "accuracy_vs_m",
     "average",
     "average_into",
@@ -64,12 +74,15 @@ __all__ = [
     "evaluate",
     "inspect",
     "lmc_curve",
+    "optimise_policy",
     "probe",
     "push",
     "reward_function",
+    "rl_report",
     "sample_pool",
     "score_file",
     "train",
+    "win_rate",
 ]
 
 # Imported when first used, so that `import warmerge` does not import torch.
@@ -81,6 +94,8 @@ _LAZY = {
     "Policy": "warmerge.pipeline.bon",
     "best_of_n": "warmerge.pipeline.bon",
     "Proxy": "warmerge.pipeline.proxies",
+    "RlReport": "warmerge.pipeline.rl_report",
+    "rl_report": "warmerge.pipeline.rl_report",
     "SampledPool": "warmerge.pipeline.sampling",
     "Sampling": "warmerge.pipeline.sampling",
     "sample_pool": "warmerge.pipeline.sampling",
@@ -95,10 +110,16 @@ _LAZY = {
     "score_file": "warmerge.pipeline.score",
     "AccuracyVsM": "warmerge.pipeline.vs_m",
     "accuracy_vs_m": "warmerge.pipeline.vs_m",
+    "LlmJudge": "warmerge.pipeline.judging.llm",
+    "WinRates": "warmerge.pipeline.winrate",
+    "win_rate": "warmerge.pipeline.winrate",
     "Probed": "warmerge.pipeline.probe",
     "probe": "warmerge.pipeline.probe",
     "Pushed": "warmerge.pipeline.push",
     "push": "warmerge.pipeline.push",
+    "RlSettings": "warmerge.pipeline.reinforce.settings",
+    "Optimised": "warmerge.pipeline.rl",
+    "optimise_policy": "warmerge.pipeline.rl",
     "Trained": "warmerge.pipeline.train",
     "train": "warmerge.pipeline.train",
     "Recipe": "warmerge.training.recipe",

@@ -443,18 +443,28 @@ def test_a_constant_reward_teaches_nothing(tmp_path: Path) -> None:
 
 
 def test_rewards_that_become_constant_are_said(tmp_path: Path) -> None:
+    """After two steps, when the policy has left its start: the KL penalty differs, the rewards do not."""
     functions = tmp_path / "fading.py"
     functions.write_text(
         "calls = []\n"
         "def fading(prompts, completions, **kwargs):\n"
         "    calls.append(1)\n"
-        "    return [0.0 if len(calls) > 2 else float(len(text)) for text in completions]\n"
+        "    return [0.0 if len(calls) > 4 else float(len(text)) for text in completions]\n"
     )
-    found = optimise(tmp_path, proxy=Proxy("fading", "rm", (f"{functions}:fading",)), control=None)
-    assert any(
-        str(w) == "fading: in the last 4 of 4 steps the answers that are compared all got the same reward: there was "
-        "nothing to learn" for w in found.warnings
-    )  # fmt: skip
+    proxy = Proxy("fading", "rm", (f"{functions}:fading",))
+    found = optimise(tmp_path, proxy=proxy, control=None, steps=12, sample_every=100)
+    assert [row["no_signal"] for row in found.rows] == [0.0] * 2 + [1.0] * 10
+    assert found.rows[3]["reward_std"] == 0.0
+    assert abs(found.rows[-1]["kl_sequence"]) > 1e-3
+    told = (
+        "in the last 10 of 12 steps the answers that are compared all got the same reward: there was nothing to learn"
+    )
+    assert f"fading: {told}" in map(str, found.warnings)
+
+
+def test_vllm_that_is_not_installed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--generator vllm cannot be used here: .*vLLM is not"):
+        optimise(tmp_path, generator="vllm")
 
 
 def test_a_control_that_is_the_proxy_is_said(tmp_path: Path, world: Any) -> None:

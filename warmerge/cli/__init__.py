@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from warmerge.cli import choosing, merging, publishing, scoring, training
+from warmerge.cli import choosing, comparing, merging, optimising, publishing, reporting, scoring, training
 
 app = typer.Typer(
     help="One robust reward model out of many: train, check, average and measure reward models (WARM).",
@@ -31,6 +31,9 @@ app.command()(scoring.plot)
 app.command()(training.train)
 app.command()(training.probe)
 app.command()(choosing.bon)
+app.command()(optimising.rl)
+app.command()(comparing.winrate)
+app.command()(reporting.rl_report)
 app.command()(publishing.push)
 
 

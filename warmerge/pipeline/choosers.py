@@ -22,8 +22,6 @@ from warmerge.rewards.ensembles import aggregate
 from warmerge.rewards.pool_curves import Chooser, Ragged, tie_orders
 from warmerge.rewards.pools import Pool
 from warmerge.training.seen import seen_in_training
-from warmerge.weights.folder import LocalFolder
-from warmerge.weights.output import made_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -147,21 +145,12 @@ def doubts_before(
                 found.append(Finding(proxy.name, f"{what}: such a member counts twice"))
             first.setdefault(weights, checkpoint)
     if control is not None:
-        own = _ingredients(judges[single(control)])
-        same = [proxy.name for proxy in proxies if any(own & _ingredients(judges[key]) for key in judges_of(proxy))]
+        own = judges[single(control)].ingredients()
+        same = [proxy.name for proxy in proxies if any(own & judges[key].ingredients() for key in judges_of(proxy))]
         if same:
             what = f"is the control, and shares weights with {some(same)}: it flatters them; judge by another model"
             found.append(Finding(str(control), what))
-    folders = [source.folder for judge in judges.values() for source in judge.inputs]
-    local = {folder.path for folder in folders if isinstance(folder, LocalFolder)}
-    return found + seen_in_training(local, prompts)
-
-
-def _ingredients(judge: Judge) -> set[str]:
-    """The fingerprints of a judge's weights, and of those that they were made of, where warmerge.json says so."""
-    folders = [source.folder.path for source in judge.inputs if isinstance(source.folder, LocalFolder)]
-    earlier = [str(entry["fingerprint"]) for folder in folders for entry in made_of(folder) if "fingerprint" in entry]
-    return {*judge.fingerprints, *earlier}
+    return found + seen_in_training({folder for judge in judges.values() for folder in judge.folders}, prompts)
 
 
 def doubts_after(

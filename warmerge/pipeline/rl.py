@@ -22,10 +22,11 @@ from warmerge.pipeline.mixtures import digests_of_small_files
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import WARM, Proxy
 from warmerge.pipeline.reinforce.reward import Rewards
-from warmerge.pipeline.reinforce.run import ROWS, WORKING, Task, reader, run
+from warmerge.pipeline.reinforce.run import WORKING, Task, reader, run
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.reinforce.trainer import join_ranks, need_trl
 from warmerge.pipeline.rewarders import OwnFunction, is_function, load_rewarder, open_rewarder
+from warmerge.pipeline.rl_runs import FORMAT, RECORD, ROWS
 from warmerge.pipeline.sampling.policy import (
     OpenedPolicy,
     Questions,
@@ -40,7 +41,6 @@ from warmerge.rewards.bench import Measuring
 from warmerge.training.record import write_json
 from warmerge.version import versions
 
-RECORD = "rl.json"
 # Steps at the end in which no group of answers had two different rewards: then the policy has stopped to learn.
 _STILL = 10
 # More answers cut than this are worth a warning.
@@ -137,7 +137,7 @@ def optimise_policy(
         warnings += rewarder.warnings
     task = Task(opened, training, held_out, rewards, out)
     record = {
-        "format": "warmerge rl 1", "command": list(command), "versions": versions(), "finished": False,
+        "format": FORMAT, "command": list(command), "versions": versions(), "finished": False,
         "policy": str(policy), "prompts": str(prompts), "control": None if control is None else str(control),
         "proxy": asdict(proxy), "settings": asdict(settings), "asked": asked,
         "counts": {

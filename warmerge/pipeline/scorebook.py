@@ -23,7 +23,9 @@ from warmerge.version import versions
 from warmerge.weights.average import plan_fingerprint
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, Checkpoint
 from warmerge.weights.compat import is_head
+from warmerge.weights.folder import LocalFolder
 from warmerge.weights.locate import make_local, open_checkpoint
+from warmerge.weights.output import made_of
 from warmerge.weights.plan import MergePlan
 from warmerge.weights.samples import read_sample
 from warmerge.weights.small_files import small_file
@@ -60,6 +62,16 @@ class Judge:
         scale = hashlib.sha256(small_file(source, ADAPTER_CONFIG) or b"").hexdigest()
         files = [f"{f.identity}\0{name}\0{getattr(f, 'states', {}).get(name)}" for f, name in source.weight_files]
         return [*self.fingerprints, *files, scale]
+
+    @property
+    def folders(self) -> set[Path]:
+        """Where its inputs lie on this machine."""
+        return {source.folder.path for source in self.inputs if isinstance(source.folder, LocalFolder)}
+
+    def ingredients(self) -> set[str]:
+        """The fingerprints of its weights, and of those that they were made of, where warmerge.json says so."""
+        earlier = [entry for folder in self.folders for entry in made_of(folder)]
+        return {*self.fingerprints, *(str(entry["fingerprint"]) for entry in earlier if "fingerprint" in entry)}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from warmerge.errors import UsageError, quoted
 from warmerge.report import canvas
 from warmerge.report.canvas import BLACK, BLUE, GREEN, GREY, PURPLE, VERMILLION, printable
 from warmerge.report.rows import Row, accuracy, groups, in_order, interval, number, place, short_names, sizes, text
+from warmerge.report.win_rates import win_matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +126,7 @@ def draw_wins(rows: Sequence[Row], wins: Sequence[Row]) -> Figure | None:
         panels[0].set_xlabel("win rate in % (line: 95 % interval)")
         panels[0].axvline(0.5, color=BLACK, linewidth=0.8, linestyle="--", zorder=3)
         if cells:
-            _matrix(panels[1], cells, list(_names(proxies, 16).values()))
+            win_matrix(panels[1], cells, list(_names(proxies, 16).values()))
             panels[1].set_title("against one another" + judged)
     return figure
 
@@ -250,19 +251,3 @@ def _cells(wins: Sequence[Row], proxies: Sequence[str]) -> dict[tuple[int, int],
         sure = low > 0.5 or high < 0.5  # False where the interval was not measured
         cells[a, b], cells[b, a] = (value, sure), (1 - value, sure)
     return {cell: found for cell, found in cells.items() if not math.isnan(found[0])}
-
-
-def _matrix(panel: Any, cells: Mapping[tuple[int, int], tuple[float, bool]], names: Sequence[str]) -> None:
-    """Win rates of rows against columns, coloured from what is farthest from a half."""
-    values = [[math.nan] * len(names) for _ in names]
-    for (i, j), (value, _) in cells.items():
-        values[i][j] = value
-    reach = max(0.1, *(abs(value - 0.5) for value, _ in cells.values()))
-    panel.imshow(values, vmin=0.5 - reach, vmax=0.5 + reach, cmap="RdBu", aspect="auto")
-    for (i, j), (value, sure) in cells.items():
-        look = {"color": "white" if abs(value - 0.5) > 0.65 * reach else BLACK, "weight": "bold" if sure else "normal"}
-        panel.text(j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=7, **look)
-    panel.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    panel.set_yticks([])
-    panel.spines[:].set_visible(False)
-    panel.set_xlabel("row's win rate over the column in %\n(bold: the 95 % interval excludes 50 %)")

@@ -15,15 +15,21 @@ from warmerge.errors import UsageError, plain
 from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
 from warmerge.report.learning import learning_figure
+from warmerge.report.optimisation import optimisation_figure
+from warmerge.report.win_rates import win_rate_figure
 
 # What each kind of result is: its JSON file's stem, its tables; what draws it, and from which of them.
 EVAL, CURVE, VS_M, TRAINING, BON = "eval", "curve", "vs_m", "training", "bon"
+RL = "rl-report"
+WINRATE = "winrate"
 _TABLES = {
     EVAL: ("rows", "differences", "movements"),
     CURVE: ("rows", "verdicts"),
     VS_M: ("rows",),
     TRAINING: ("rows", "members", "accuracies"),
     BON: ("rows", "differences", "wins", "peaks", "fits", "proxies"),
+    RL: ("rows", "peaks", "equal_kl", "ends", "wins"),
+    WINRATE: ("rows", "pairs", "policies"),
 }
 _FIGURES: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
     EVAL: (eval_figure, ("rows",)),
@@ -31,6 +37,8 @@ _FIGURES: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
     VS_M: (vs_m_figure, ("rows",)),
     TRAINING: (learning_figure, ("rows", "accuracies")),
     BON: (best_of_n_figure, ("rows", "wins")),
+    RL: (optimisation_figure, ("rows", "peaks", "wins")),
+    WINRATE: (win_rate_figure, ("rows",)),
 }
 
 

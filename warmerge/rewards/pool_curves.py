@@ -16,6 +16,7 @@ import numpy
 from warmerge.rewards import best_of_n, metrics
 from warmerge.rewards.bench import columns
 from warmerge.rewards.metrics import Array
+from warmerge.rewards.win_rates import with_interval
 
 Ragged = Sequence[Array]
 Row = dict[str, Any]
@@ -157,7 +158,7 @@ def _rows(found: _Measured) -> Iterator[Row]:
             if "win" in found.measures:
                 m = found.measures.index("win")
                 known = n == 1 or not chooser.believes  # a random choice against a random one
-                win = _HALF if known else _win(found.values[k, m, g], found.drawn[:, k, m, g], found.clusters)
+                win = _HALF if known else with_interval(found.values[k, m, g], found.drawn[:, k, m, g], found.clusters)
                 row |= columns("win", win)
             if oracle is not None:
                 best, best_drawn = found.at(oracle, "gold")
@@ -200,17 +201,9 @@ def _wins(
     drawn = drawn.reshape(-1, len(pairs), len(ns))
     for i, (a, b) in enumerate(pairs):
         for g, n in enumerate(ns):
-            estimate = _HALF if n == 1 else _win(values[i, g], drawn[:, i, g], clusters)
+            estimate = _HALF if n == 1 else with_interval(values[i, g], drawn[:, i, g], clusters)
             yield {"a": a.name, "b": b.name, "n": n, "target": judge, "win": estimate.value, "low": estimate.low,
                    "high": estimate.high}  # fmt: skip
-
-
-def _win(values: Array, drawn: Array, clusters: Sequence[str]) -> metrics.Estimate:
-    """A win rate with its interval. Where fewer than ten prompts differ from the others, the interval also reaches as
-    far as the exact bound for what was never seen (see `metrics.interval`)."""
-    few = metrics.differing(values - numpy.median(values), clusters) < metrics.FEW
-    mean = min(1.0, max(0.0, float(values.mean())))
-    return metrics.interval(mean, drawn, len(set(clusters)), (0.0, 1.0) if few else None)
 
 
 def _peaks(found: _Measured) -> Iterator[Row]:

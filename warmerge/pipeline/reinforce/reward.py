@@ -106,6 +106,24 @@ def optimised(
     return out - settings.eos_penalty * ~finished
 
 
+def without_signal(rewards: Array, prompts: Sequence[str] | None) -> float:
+    """The share of groups whose rewards are all equal, so that no answer is better than another.
+
+    TRL's own count is of rewards with the KL penalty in them, which always differ.
+
+    Args:
+        rewards: (N,), before the KL penalty.
+        prompts: that the answers belong to, a group each; None where all answers are one group.
+
+    >>> without_signal(numpy.array([1.0, 1.0, 1.0, 2.0]), ["a", "a", "b", "b"]), without_signal(numpy.ones(3), None)
+    (0.5, 1.0)
+    """
+    groups: dict[str, list[float]] = {}
+    for prompt, reward in zip(["all"] * len(rewards) if prompts is None else prompts, rewards.tolist(), strict=True):
+        groups.setdefault(prompt, []).append(reward)
+    return sum(min(group) == max(group) for group in groups.values()) / len(groups)
+
+
 @dataclass
 class Rewards:
     """The rewards of a step's answers. TRL calls `optimised`, `proxy` and `control` in this order, at each step once.
@@ -167,7 +185,9 @@ class Rewards:
             log_metric("disagreement", disagreement(members, self.scales))
         log_metric("cut", cut / len(self._texts))
         reference = numpy.array([self.references[int(p)] for p in prompts]) if self.references else None
-        return list(optimised(self._proxy, self.settings, self.scales, reference, finished).tolist())
+        found = optimised(self._proxy, self.settings, self.scales, reference, finished)
+        log_metric("no_signal", without_signal(found, prompts if self.settings.baseline == "loo" else None))
+        return list(found.tolist())
 
     def _at(self, step: int, score: Callable[[], Any]) -> Any:
         """What `score` gives; its refusals (a reward of NaN) say at which step it was."""

@@ -27,12 +27,13 @@ from warmerge.pipeline.reinforce.reward import Rewards, combined, scales_of
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.reinforce.trainer import answers_to, make_trainer, order_of
 from warmerge.pipeline.rewarders import Texts
+from warmerge.pipeline.rl_runs import ROWS
 from warmerge.pipeline.sampling.policy import Answer, Drawn, OpenedPolicy, Questions
 from warmerge.report.results import write_text
 from warmerge.rewards.tokenizer import quiet
 from warmerge.training.language_model import merged_state, write_language_model
 
-ROWS, START, SAMPLES, WORKING = "rows.jsonl", "start.jsonl", "samples", "working"
+START, SAMPLES, WORKING = "start.jsonl", "samples", "working"
 # TRL's checkpoints are not written in one go: one that was written to its end carries this file.
 _WHOLE = "whole"
 # Nats per token between the policy and its start before the first update: they are one model.
@@ -169,7 +170,7 @@ def row_of(logs: Mapping[str, Any], settings: RlSettings, seconds: float) -> dic
         "disagreement": logs.get("disagreement"),
         "kl_token": logs["kl"], "kl_sequence": logs["kl"] * length,
         "length": length, "entropy": logs["entropy"], "truncated": logs["completions/clipped_ratio"],
-        "cut": logs["cut"], "no_signal": logs["frac_reward_zero_std"],
+        "cut": logs["cut"], "no_signal": logs["no_signal"],
         "lr": logs["learning_rate"], "gradient_norm": logs["grad_norm"],
         "tokens_per_second": length * settings.batch / max(seconds, 1e-9), "seconds": seconds,
     }  # fmt: skip

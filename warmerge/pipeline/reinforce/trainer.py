@@ -74,7 +74,7 @@ def make_trainer(policy: OpenedPolicy, training: Questions, rewards: Rewards, wo
     """The trainer of a policy on `training`, in the order of `order_of`, with its checkpoints in `working`.
 
     Raises:
-        UsageError: a batch that cannot be split as asked.
+        UsageError: a batch that cannot be split as asked; vLLM that is not installed.
         RefusedError: as `load_language_model`.
         WarmergeError: TRL refuses the model.
     """
@@ -95,6 +95,8 @@ def make_trainer(policy: OpenedPolicy, training: Questions, rewards: Rewards, wo
             model=module, reward_funcs=functions, args=arguments, train_dataset=data, processing_class=tokenizer,
             peft_config=adapters,
         )  # fmt: skip
+    except ImportError as error:
+        raise UsageError(f"--generator {settings.generator} cannot be used here: {error}") from error
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise WarmergeError(f"TRL cannot optimise this policy: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints rows to stdout
