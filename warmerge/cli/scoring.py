@@ -268,7 +268,10 @@ def score(
 
 def plot(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Results of eval, lmc-curve, train or bon.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Results of eval, lmc-curve, train, bon, winrate or rl-report.", show_default=False
+        ),
     ],
     debug: Debug = False,
 ) -> None:

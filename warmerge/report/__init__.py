@@ -7,12 +7,16 @@ canvas    how every figure looks, and how it is saved: the same bytes each time
 figures   the figures themselves
 learning  learning curves of a run's members
 best_of_n best-of-N: rewards against n, win rates
+optimisation policies: control and proxy against steps and KL; optimisation_words the same in sentences
+win_rates policies against each other
 """
 
 from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.card import model_card
 from warmerge.report.figures import eval_figure, heat_map, lmc_figure, sparkline, vs_m_figure
 from warmerge.report.learning import learning_figure
+from warmerge.report.optimisation import optimisation_figure
+from warmerge.report.win_rates import win_rate_figure
 
 __all__ = [
     "best_of_n_figure",
@@ -21,6 +25,8 @@ __all__ = [
     "learning_figure",
     "lmc_figure",
     "model_card",
+    "optimisation_figure",
     "sparkline",
     "vs_m_figure",
+    "win_rate_figure",
 ]

@@ -61,7 +61,7 @@ def order_of(prompts: int, settings: RlSettings) -> list[int]:
     """Which prompt comes when, (steps * prompts_per_step,): epochs in another order each; a step has a prompt once.
 
     >>> order_of(5, RlSettings(steps=3, batch=4, answers=2))
-    [4, 2, 1, 3, 2, 1]
+    [2, 4, 3, 0, 1, 4]
     """
     share = settings.prompts_per_step
     per_epoch, order = prompts // share * share, []
