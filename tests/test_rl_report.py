@@ -462,7 +462,8 @@ def test_single_runs_are_not_ranked(here: Path) -> None:
     write_run(here / "a", straight((0, 0, 0), (4, 2, 1), (0, 4, 2)), proxy="a")
     write_run(here / "b", straight((0, 0, 0), (2, 2, 0), (0, 4, 0)), proxy="b")
     *_, peaks, at_kl = report("a", "b").words
-    assert "a over b: +1.00, of one run on a side: whether that is more than the luck of a seed is not known." in peaks
+    assert "a +2.00 (1 run), b +1.00 (1 run). Of one run, whether a difference is more than the luck" in peaks
+    assert " over " not in peaks.partition(":")[2]
     assert at_kl == "No KL was reached by all runs from below, so that nothing can be said at equal KL."
 
 
@@ -477,3 +478,37 @@ def test_the_last_step_of_each_proxy_is_said_of_win_rates(here: Path) -> None:
         "mine against sft: wins 45.0 % (95 %: 40.0 to 55.0; n = 192); the interval holds 50 %.",
         "unjudged against sft: no win rate, nothing was judged.",
     )
+
+
+def test_results_of_several_seeds_are_one_sentence(here: Path) -> None:
+    """A file for each seed: of each policy its last step, over all files. Policies of one proxy are not mixed."""
+    write_run(here / "run", hacked(9))
+    for number, (win, low, high) in enumerate([(0.4, 0.3, 0.5), (0.6, 0.55, 0.65), (0.8, 0.7, 0.9)]):
+        rows = [
+            {"policy": f"{name} step {step}", "against": "start", "win": win, "low": low, "high": high, "n": 40,
+             "step": step, "proxy": "rm"}
+            for name in ("rm-1", "rm-2") for step in (1, 10) if (name, number) != ("rm-2", 2)
+        ]  # fmt: skip
+        (here / f"seed-{number}.json").write_text(json.dumps({"rows": rows}))
+    words = rl_report(["run"], "out", winrates=[f"seed-{number}.json" for number in range(3)]).words
+    assert words[1:] == (
+        "rm-1 step 10 against start: wins 60.0 (40.0 to 80.0) % in 3 results; the intervals of 2 of them exclude 50 %.",
+        "rm-2 step 10 against start: wins 50.0 (40.0 to 60.0) % in 2 results; the intervals of 1 of them exclude 50 %.",
+    )
+
+
+def test_of_many_groups_only_the_best_is_set_against_the_others(here: Path) -> None:
+    """All pairs of three groups are compared, but of five only those of the best one."""
+    for place, names in (("few", "abc"), ("many", "abcde")):
+        for i, name in enumerate(names):
+            for seed in range(2):
+                write_run(
+                    here / place / f"{name}-{seed}",
+                    straight((0, 0, 0), (9 - i, 2, 1), (0, 4, 2)),
+                    proxy=name,
+                    seed=seed,
+                )
+    few, many = (next(w for w in report(p).words if w.startswith("Largest")) for p in ("few", "many"))
+    pairs = [[f"{a} over {b}:" in words for a in "abcde" for b in "abcde"].count(True) for words in (few, many)]
+    assert pairs == [3, 4]
+    assert "e over" not in many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,9 @@ from warmerge.errors import counted, plain
 from warmerge.report.rows import Row
 
 _STD = "standard deviations"
-# outcome -> whether the control reward rose at all, beyond its noise
+# Of up to so many groups all pairs are compared; of fewer runs than the second number a spread is a rough guess.
+_MANY, _FEW = 4, 5
+# Outcomes in which the control reward rose at all, beyond its noise.
 _ROSE = {"kept", "declining", "collapsed", "over-optimised"}
 
 
@@ -40,7 +43,7 @@ def group_words(group: str, peaks: Sequence[Row], ends: Sequence[Row], margin: f
 
 
 def comparison_words(peaks: Sequence[Row], equal_kl: Sequence[Row]) -> list[str]:
-    """How the best group stands to each other one: by its peak, and at the largest KL that all runs reached."""
+    """How groups stand to one another: by their peaks, and at the largest KL that all runs reached."""
     groups = [row for row in peaks if row["run"] is None]
     if len(groups) < 2:
         return []
@@ -53,17 +56,28 @@ def comparison_words(peaks: Sequence[Row], equal_kl: Sequence[Row]) -> list[str]
 
 
 def win_words(wins: Sequence[Row]) -> list[str]:
-    """A sentence for each pair of policies; of a proxy that has several steps, for those of its last one."""
+    """A sentence for each pair of policies; of a proxy that has several steps, for those of its last one. Where several
+    files have the pair, as of several seeds, the sentence is of all of them."""
     own: dict[tuple[Any, ...], list[Row]] = {}
     for row in wins:
-        # Policies without a proxy or a step stand for themselves.
+        # Policies without a proxy or a step stand for themselves; "warm step 50" is the same one as "warm step 100".
         alone = row["proxy"] is None or row["step"] is None
-        own.setdefault((alone, row["policy"] if alone else row["proxy"], row["against"]), []).append(row)
+        name = row["policy"] if alone else row["policy"].removesuffix(str(row["step"]))
+        own.setdefault((alone, name, row["against"]), []).append(row)
     words = []
     for rows in own.values():
         last = max(row["step"] or 0 for row in rows)
-        words += [_win(row) for row in rows if (row["step"] or 0) == last]
+        final = [row for row in rows if (row["step"] or 0) == last]
+        known = [row for row in final if row["win"] is not None]
+        words += [_win(row) for row in final] if len(known) < 2 else [_wins(known)]
     return words
+
+
+def _wins(rows: Sequence[Row]) -> str:
+    pair = f"{plain(rows[0]['policy'])} against {plain(rows[0]['against'])}"
+    sure = sum(row["low"] is not None and not row["low"] <= 0.5 <= row["high"] for row in rows)
+    wins = _values([100 * row["win"] for row in rows], ".1f")
+    return f"{pair}: wins {wins} % in {len(rows)} results; the intervals of {sure} of them exclude 50 %."
 
 
 def _win(row: Row) -> str:
@@ -170,24 +184,29 @@ def _kept_words(outcome: str, where: str, lost: str, before: str, end: Sequence[
 
 
 def _compared(what: str, groups: Sequence[Row]) -> str:
-    """Groups in order, and the best against each other one, beside the spread over seeds."""
+    """Groups in order, and each better one against each other, beside the spread over seeds. Of many groups only the
+    best one is set against the others; of groups of one run none is."""
     ordered = sorted(groups, key=lambda row: -row["control_gain"])
     shown = [f"{plain(row['group'])} {_mean_and_sd(row)} ({counted(row['runs'], 'run')})" for row in ordered]
-    best, verdicts = ordered[0], []
-    for other in ordered[1:]:
-        difference = best["control_gain"] - other["control_gain"]
-        pair = f"{plain(best['group'])} over {plain(other['group'])}: {difference:+.2f}"
-        sds = [row["control_gain_sd"] for row in (best, other)]
-        known = [sd for sd in sds if sd is not None]
-        if len(known) < 2:
-            verdicts.append(f"{pair}, of one run on a side: whether that is more than the luck of a seed is not known")
-        elif difference <= max(known):
-            verdicts.append(f"{pair}, no more than the spread over seeds ({max(known):.2f}): no difference is shown")
-        else:
-            verdicts.append(f"{pair}, more than the spread over seeds ({max(known):.2f})")
-    words = f"{what}, in {_STD} (+- the standard deviation over seeds): {', '.join(shown)}. {'; '.join(verdicts)}."
-    few = any(row["control_gain_sd"] is not None for row in groups) and min(row["runs"] for row in groups) < 5
-    return words + (" Of so few runs the spread itself is a rough guess." if few else "")
+    several = [row for row in ordered if row["control_gain_sd"] is not None]
+    pairs = list(itertools.combinations(several, 2))
+    verdicts = [_verdict(*pair) for pair in (pairs if len(several) <= _MANY else pairs[: len(several) - 1])]
+    words = [f"{what}, in {_STD} (+- the standard deviation over seeds): {', '.join(shown)}."]
+    words += [f"{'; '.join(verdicts)}."] if verdicts else []
+    if len(several) < len(ordered):
+        words.append("Of one run, whether a difference is more than the luck of a seed is not known.")
+    if any(row["runs"] < _FEW for row in several):
+        words.append("Of so few runs the spread itself is a rough guess.")
+    return " ".join(words)
+
+
+def _verdict(best: Row, other: Row) -> str:
+    difference = best["control_gain"] - other["control_gain"]
+    spread = max(best["control_gain_sd"], other["control_gain_sd"])
+    said = f"{plain(best['group'])} over {plain(other['group'])}: {difference:+.2f}"
+    if difference <= spread:
+        return f"{said}, no more than the spread over seeds ({spread:.2f}): no difference is shown"
+    return f"{said}, more than the spread over seeds ({spread:.2f})"
 
 
 def _mean_and_sd(row: Row) -> str:
