@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Optimises the tiny world's policy against single reward models, their ensemble, their average, and the gold itself.
 #   examples/reward_hacking/rl.sh /tmp/reward_hacking 0 1 2      (after run.sh; about 8 minutes a seed on one core)
-# FOLDER/seed-N/rl/ then holds a run for each, and FOLDER/seed-0/sweep/ those of other KL coefficients. Run again, it
-# goes on.
+# FOLDER/seed-N/rl/ then holds a run for each, FOLDER/seed-0/sweep/ those of other KL coefficients, FOLDER/seed-N/wins/
+# win rates against the start by gold, FOLDER/report/ and FOLDER/sweep/ what all of it says. Run again, it goes on.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$1
@@ -24,7 +24,8 @@ for seed in "$@"; do
       --lr 3e-4 --max-new-tokens 16 --eos-penalty 1 --micro-batch 128 --control-every 1 --sample-every 50 \
       --keep-every 50 --seed "$seed" --threads 1 -o "$out/$place" > "$out/${place//\//-}.txt"
   }
-  mkdir -p "$out/rl" "$out/sweep"
+  mkdir -p "$out/rl"
+  if [[ $seed == 0 ]]; then mkdir -p "$out/sweep"; fi
   optimise "average" rl/warm 0.05 --warm "$joined"
   optimise "single" rl/single-1 0.05 --rm "${members[0]}"
   optimise "ensemble" rl/ensemble 0.05 "${rms[@]}" --ensemble mean,scale=std
@@ -37,4 +38,22 @@ for seed in "$@"; do
       optimise "single" "sweep/single-$coefficient" "$coefficient" --rm "${members[0]}"
     done
   fi
+  policies=()
+  for run in warm single-1 single-2 single-3 ensemble true; do
+    for step in 50 100 150 200; do policies+=(--policy "$run step $step=$out/rl/$run/step-$step"); done
+  done
+  if [[ ! -e $out/wins/winrate.json ]]; then
+    warmerge winrate "${policies[@]}" --against "start=$out/world/sft" --prompts "$out/world/held-out.jsonl" \
+      --judge "$here/gold.py:gold" --max-new-tokens 16 --seed "$seed" --threads 1 -o "$out/wins" > "$out/wins.txt"
+  fi
 done
+
+runs=() wins=()
+for seed in "$@"; do
+  runs+=("$folder/seed-$seed/rl")
+  wins+=(--winrate "$folder/seed-$seed/wins/winrate.json")
+done
+warmerge rl-report "${runs[@]}" "${wins[@]}" -o "$folder/report" --overwrite
+if [[ -d $folder/seed-0/sweep ]]; then
+  warmerge rl-report "$folder"/seed-0/rl/{warm,single-1} "$folder/seed-0/sweep" -o "$folder/sweep" --overwrite
+fi

@@ -109,7 +109,9 @@ def grouped(folders: Sequence[Folder]) -> dict[str, list[Folder]]:
         key = folder.run.proxy, json.dumps(folder.settings, sort_keys=True)
         groups.setdefault(key, []).append(folder)
     named = {}
-    for own in groups.values():
+    first = list(dict.fromkeys(folder.run.proxy for folder in folders))
+    # Those of one proxy beside each other, by their KL coefficient.
+    for own in sorted(groups.values(), key=lambda own: (first.index(own[0].run.proxy), own[0].run.kl_coef)):
         alike = [other[0] for other in groups.values() if other[0].run.proxy == own[0].run.proxy]
         different = {key for key, value in own[0].settings.items() if any(o.settings.get(key) != value for o in alike)}
         different |= {key for other in alike for key in other.settings.keys() - own[0].settings.keys()}
