@@ -103,7 +103,7 @@ def test_the_order_of_prompts() -> None:
 def test_a_row_per_sequence() -> None:
     logs = {
         "step": 3, "completions/mean_length": 20.0, "rewards/proxy/mean": 1.0, "rewards/proxy/std": 0.5, "reward": 0.9,
-        "reward_std": 0.4, "kl": 0.1, "entropy": 2.0, "completions/clipped_ratio": 0.25, "cut": 0.0,
+        "reward_std": 0.4, "kl": 0.1, "entropy": 2.0, "truncated": 0.25, "cut": 0.0,
         "no_signal": 0.0, "learning_rate": 1e-5, "grad_norm": 1.0,
     }  # fmt: skip
     row = row_of(logs, RlSettings(batch=8), seconds=4.0)

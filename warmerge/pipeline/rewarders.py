@@ -6,15 +6,20 @@ known (a rule, a test, a gold reward), no model has to stand for it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
+import torch
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted, some
 from warmerge.pipeline.prepare import Spec
@@ -52,6 +57,10 @@ class OwnFunction:
     def contents(self) -> list[str]:
         """What decides its rewards, as far as is known: the file may use others."""
         return [self.name, self.digest]
+
+    def same_as(self, other: object) -> bool:
+        """Whether another one, perhaps by another path, is this function."""
+        return isinstance(other, OwnFunction) and other.contents() == self.contents()
 
 
 @dataclass(frozen=True)
@@ -111,13 +120,15 @@ def load_rewarder(opened: Judge | OwnFunction, measuring: Measuring) -> Rewarder
 
 def _of_function(opened: OwnFunction) -> Rewarder:
     where = plain(opened.label)
-    spec = importlib.util.spec_from_file_location(f"warmerge_own_{opened.digest[:12]}", opened.path)
+    name = f"warmerge_own_{hashlib.sha256(str(opened.path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, opened.path)
     assert spec is not None, "a .py file has a loader"
     assert spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _random_numbers_kept():
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{where}: the file cannot be run: {type(error).__name__}: {error}") from error
     function = getattr(module, opened.name, None)
     if not callable(function):
@@ -125,23 +136,40 @@ def _of_function(opened: OwnFunction) -> Rewarder:
         raise UsageError(f"{where}: the file has no function of this name; it has {some(known) or 'none'}")
 
     def rewards(texts: Texts) -> Given:
-        prompts, answers = [list(p) if isinstance(p, tuple) else p for p, _ in texts], [answer for _, answer in texts]
+        # Copies: what it does to its messages and to random numbers is its own affair.
+        given = copy.deepcopy([(list(p) if isinstance(p, tuple) else p, answer) for p, answer in texts])
         try:
-            found = function(prompts=prompts, completions=answers)
-        except Exception as error:
+            with _random_numbers_kept():
+                found = function(prompts=[prompt for prompt, _ in given], completions=[answer for _, answer in given])
+        except (Exception, SystemExit) as error:
             raise UsageError(f"{where} failed: {type(error).__name__}: {error}") from error
         return Given(_checked(opened.label, found, len(texts)), 0)
 
     return Rewarder(opened.label, rewards)
 
 
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Afterwards all generators are where they were: what is sampled does not depend on who is asked for a reward."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numbers)
+
+
 def _checked(label: str, found: Any, texts: int) -> NDArray[numpy.float64]:
     """What a function returned, if it is one finite number for each text."""
     try:
-        values = [float(value) for value in found]
+        values = [math.nan if isinstance(value, str) else float(value) for value in found]
+        numbers = not any(isinstance(value, str) for value in found)
     except (TypeError, ValueError):
+        numbers = False
+    if not numbers:
         what = f"expected a list of {texts} numbers, found {quoted(str(found)[:80])}"
-        raise RefusedError([Finding(label, what)]) from None
+        raise RefusedError([Finding(label, what)])
     if len(values) != texts:
         raise RefusedError([Finding(label, f"gives {len(values)} rewards for {texts} texts; expected one for each")])
     wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)

@@ -10,20 +10,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from warmerge.errors import Finding, RefusedError, UsageError, counted, plain
+from warmerge.errors import Finding, RefusedError, UsageError, counted, plain, quoted
 from warmerge.pipeline.choosers import doubts_before, judges_of, open_judges, single
-from warmerge.pipeline.mixtures import digests_of_small_files
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import WARM, Proxy
+from warmerge.pipeline.reinforce.record import WORKING, begun, decides, only_run
 from warmerge.pipeline.reinforce.reward import Rewards
-from warmerge.pipeline.reinforce.run import WORKING, Task, reader, run
+from warmerge.pipeline.reinforce.run import run
 from warmerge.pipeline.reinforce.settings import RlSettings
+from warmerge.pipeline.reinforce.start import Task, reader
 from warmerge.pipeline.reinforce.trainer import join_ranks, need_trl
 from warmerge.pipeline.rewarders import OwnFunction, is_function, load_rewarder, open_rewarder
 from warmerge.pipeline.rl_runs import FORMAT, RECORD, ROWS
@@ -40,6 +42,8 @@ from warmerge.pipeline.scorebook import Judge
 from warmerge.rewards.bench import Measuring
 from warmerge.training.record import write_json
 from warmerge.version import versions
+from warmerge.weights.locate import make_local
+from warmerge.weights.samples import content_digest
 
 # Steps at the end in which no group of answers had two different rewards: then the policy has stopped to learn.
 _STILL = 10
@@ -111,43 +115,55 @@ def optimise_policy(
     """
     need_trl()
     settings, measuring, out = settings or RlSettings(), measuring or Measuring(), Path(out)
-    join_ranks()
+    if measuring.loading.device not in ("auto", "cpu", "cuda"):
+        what = "choose a GPU with CUDA_VISIBLE_DEVICES, as policy and reward models share it"
+        raise UsageError(f"--device: expected auto, cpu or cuda, found {measuring.loading.device!r}; {what}")
+    join_ranks(_on_cpu(measuring))
     first = int(os.environ.get("RANK", "0")) == 0
     found = read_prompts(prompts, measuring.limit, settings.seed, measuring.skip_bad_rows)
     source = open_for_sampling(policy)
     members = _members(proxy, measuring.base)
     judge = None if control is None else open_rewarder(control, measuring.base)
+    (local,) = make_local([source])
     asked = {
-        **contents_of(source), "prompts": found.digest, "proxy": {**asdict(proxy), "checkpoints": None, "name": None},
-        "models": [_decides(entry) for entry in members], "control": None if judge is None else _decides(judge),
-        "loading": asdict(measuring.loading), "settings": settings.deciding(),
+        **contents_of(local), "weights": content_digest(local), "prompts": found.digest,
+        "proxy": {**asdict(proxy), "checkpoints": None, "name": None}, "models": [decides(entry) for entry in members],
+        "control": None if judge is None else decides(judge), "loading": asdict(measuring.loading),
+        "settings": settings.deciding(),
     }  # fmt: skip
     asked = json.loads(json.dumps(asked))  # as it will be read again
-    earlier = _begun(out, asked)
-    if earlier.get("finished"):
-        return _result(out, earlier) if first else None
-    opened = open_policy(source, settings.template, settings.trust_remote_code)
-    training, held_out = _questions(opened, found, settings, measuring.skip_bad_rows)
-    warnings = _doubts_before(proxy, members, control, judge, found)
-    rewards = Rewards(
-        reader(opened, training), settings, proxy, [load_rewarder(entry, measuring) for entry in members],
-        None if judge is None else load_rewarder(judge, measuring),
-    )  # fmt: skip
-    for rewarder in [*rewards.members, *([] if rewards.judge is None else [rewards.judge])]:
-        warnings += rewarder.warnings
-    task = Task(opened, training, held_out, rewards, out)
-    record = {
-        "format": FORMAT, "command": list(command), "versions": versions(), "finished": False,
-        "policy": str(policy), "prompts": str(prompts), "control": None if control is None else str(control),
-        "proxy": asdict(proxy), "settings": asdict(settings), "asked": asked,
-        "counts": {
-            "prompts": len(training.texts), "held_out": len(held_out.texts), "too_long": held_out.left_out,
-            "skipped_rows": found.skipped, "repeats": found.repeats,
-        },
-        "notes": [], "warnings": list(map(str, dict.fromkeys(warnings))),
-    }  # fmt: skip
-    _optimise(task, record, measuring, say if first else lambda line: None)
-    return _finished(task, record, list(dict.fromkeys(warnings))) if first else None
+    with only_run(out) if first else nullcontext():
+        earlier = begun(out, asked)
+        if earlier.get("finished"):
+            say("this run is finished: nothing is computed")
+            return _result(out, earlier) if first else None
+        opened = open_policy(local, settings.template, settings.trust_remote_code)
+        training, held_out = _questions(opened, found, settings, measuring.skip_bad_rows)
+        warnings = _doubts_before(proxy, members, control, judge, found)
+        rewards = Rewards(
+            reader(opened, training), settings, proxy, [load_rewarder(entry, measuring) for entry in members],
+            None if judge is None else load_rewarder(judge, measuring),
+        )  # fmt: skip
+        for rewarder in [*rewards.members, *([] if rewards.judge is None else [rewards.judge])]:
+            warnings += rewarder.warnings
+        warnings = list(dict.fromkeys(warnings))
+        task = Task(opened, training, held_out, rewards, out)
+        record = {
+            "format": FORMAT, "command": list(command), "versions": versions(), "finished": False,
+            "policy": str(policy), "prompts": str(prompts), "control": None if control is None else str(control),
+            "proxy": asdict(proxy), "settings": asdict(settings), "asked": asked,
+            "counts": {
+                "prompts": len(training.texts), "held_out": len(held_out.texts), "too_long": held_out.left_out,
+                "skipped_rows": found.skipped, "repeats": found.repeats,
+            },
+            "notes": [], "warnings": list(map(str, warnings)),
+        }  # fmt: skip
+        _optimise(task, record, measuring, say if first else lambda line: None)
+        return _finished(task, record, warnings) if first else None
+
+
+def _on_cpu(measuring: Measuring) -> bool:
+    return measuring.loading.device == "cpu"
 
 
 # --- what was asked ---------------------------------------------------------------------------------------------------
@@ -155,7 +171,10 @@ def optimise_policy(
 
 def _members(proxy: Proxy, base: Spec | None) -> list[Judge | OwnFunction]:
     """What the proxy's rewards are made of: models, or functions where it is no average."""
-    if proxy.kind != WARM and any(map(is_function, proxy.checkpoints)):
+    functions = [checkpoint for checkpoint in proxy.checkpoints if is_function(checkpoint)]
+    if functions and proxy.kind == WARM:
+        raise UsageError(f"--warm: {plain(functions[0])} is a function, which has no weights to average")
+    if functions:
         return [open_rewarder(checkpoint, base) for checkpoint in proxy.checkpoints]
     judges = open_judges([proxy], None, base)
     return [judges[key] for key in judges_of(proxy)]
@@ -165,57 +184,22 @@ def _doubts_before(
     proxy: Proxy, members: Sequence[Judge | OwnFunction], control: Spec | None, judge: Judge | OwnFunction | None,
     found: Prompts,
 ) -> list[Finding]:  # fmt: skip
-    """Reasons for doubt before anything is trained; of functions nothing is known but whether they are one."""
+    """Reasons for doubt before anything is trained."""
     models = {key: entry for key, entry in zip(judges_of(proxy), members, strict=True) if isinstance(entry, Judge)}
     warnings = []
-    if isinstance(judge, OwnFunction) and any(judge == entry for entry in members):
+    if isinstance(judge, OwnFunction) and any(judge.same_as(entry) for entry in members):
         warnings.append(Finding(str(control), "is the control, and what is optimised: it sees no hacking of itself"))
+    watched = None
     if isinstance(judge, Judge):
-        models[single(str(control))] = judge
-    watched = str(control) if isinstance(judge, Judge) else None
-    # A proxy with a function in it shares no weights with anything that is looked at here.
-    proxies = [proxy] if all(isinstance(entry, Judge) for entry in members) else []
-    return warnings + doubts_before(found.texts, proxies, models, watched)
-
-
-def _decides(judge: Judge | OwnFunction) -> list[Any]:
-    """What decides a judge's rewards."""
-    small = [] if isinstance(judge, OwnFunction) else [digests_of_small_files(judge.inputs[0])]
-    return [*judge.contents(), *small]
-
-
-def _begun(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run of the same question, {} where none was begun.
-
-    Raises:
-        UsageError: the folder holds something else, or a run of another question.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"-o {plain(str(out))} is a file; name a folder")
-    # The trainer makes its folder before the record is written.
-    if not out.exists() or {path.name for path in out.iterdir()} <= {WORKING, f".{RECORD}.partial"}:
-        return {}
-    try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        earlier = record["asked"]
-        differing = [
-            f"  {key}: {json.dumps(there)} there, {json.dumps(now)} now" for key, there, now in _pairs(earlier, asked)
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        what = f"{plain(str(out))} is not empty and holds no readable {RECORD}"
-        raise UsageError(f"{what}; choose another folder for -o") from None
-    if differing:
-        what = f"{plain(str(out))} holds another run; choose another folder for -o, or delete it. Differing:"
-        raise UsageError("\n".join([what, *differing]))
-    assert isinstance(record, dict)
-    return record
-
-
-def _pairs(earlier: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, there, now) of all that differs; settings one by one."""
-    flat = [{**{k: v for k, v in each.items() if k != "settings"}, **each["settings"]} for each in (earlier, asked)]
-    keys = dict.fromkeys([*flat[0], *flat[1]])
-    return [(key, flat[0].get(key), flat[1].get(key)) for key in keys if flat[0].get(key) != flat[1].get(key)]
+        models[single(str(control))], watched = judge, str(control)
+    if len(models) - (watched is not None) == len(members) or not isinstance(judge, Judge):
+        # Of a proxy with a function among its members only these are compared with the control, below.
+        proxies = [proxy] if all(isinstance(entry, Judge) for entry in members) else []
+        return warnings + doubts_before(found.texts, proxies, models, watched)
+    if any(isinstance(entry, Judge) and entry.ingredients() & judge.ingredients() for entry in members):
+        what = f"is the control, and shares weights with {quoted(proxy.name)}: it flatters it; judge by another model"
+        warnings.append(Finding(str(control), what))
+    return warnings + doubts_before(found.texts, [], models, None)
 
 
 def _questions(
@@ -255,7 +239,6 @@ def _optimise(task: Task, record: Mapping[str, Any], measuring: Measuring, say: 
     left = [settings.steps]
 
     def begin() -> None:
-        task.out.mkdir(parents=True, exist_ok=True)
         write_json(task.out / RECORD, record)
 
     def progress(row: Mapping[str, Any]) -> None:
@@ -265,7 +248,7 @@ def _optimise(task: Task, record: Mapping[str, Any], measuring: Measuring, say: 
         if row["step"] in (1, settings.steps) or row["step"] % settings.sample_every == 0:
             say(row_words(row))
 
-    run(task, begin, progress)
+    run(task, begin, progress, _on_cpu(measuring))
 
 
 def row_words(row: Mapping[str, Any]) -> str:
@@ -286,7 +269,8 @@ def _finished(task: Task, record: Mapping[str, Any], warnings: list[Finding]) ->
     done = {
         **record,
         "finished": True,
-        "checkpoints": [{"step": step, "path": path.name} for step, path in task.kept.items()],
+        # Of a run that was stopped, and went on with another --keep-every, not all that this one would have kept.
+        "checkpoints": [{"step": step, "path": path.name} for step, path in _kept_policies(task.out)],
         "seconds": sum(row["seconds"] for row in rows),
         "notes": _notes(task, record["counts"], rows),
         "warnings": [str(warning) for warning in dict.fromkeys(warnings)],
@@ -305,6 +289,10 @@ def _result(out: Path, record: Mapping[str, Any]) -> Optimised:
     kept = {entry["step"]: out / entry["path"] for entry in record["checkpoints"]}
     warnings = tuple(Finding(*finding) for finding in record["findings"])
     return Optimised(out, tuple(rows), kept, tuple(record["notes"]), warnings, record)
+
+
+def _kept_policies(out: Path) -> list[tuple[int, Path]]:
+    return sorted((int(path.name.removeprefix("step-")), path) for path in out.glob("step-*"))
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
@@ -346,6 +334,12 @@ def _notes(task: Task, counts: Mapping[str, int], rows: Sequence[Mapping[str, An
         )
     if task.rewards.judge is None:
         notes.append("no --control: only what the proxy thinks of its own policy is known, not what this is worth")
+    stored = {tensor.dtype for tensor in task.policy.source.tensors.values()} - {"F32"}
+    if stored:
+        notes.append(
+            f"the policy learns in float32, and is kept as its start is stored ({', '.join(sorted(stored))}): small "
+            "steps may be lost in that rounding, and what is kept is a little off what the rows are about"
+        )
     if counts["too_long"]:
         notes.append(f"{counted(counts['too_long'], 'prompt')} left out: too long for the policy")
     if counts["skipped_rows"]:

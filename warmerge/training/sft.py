@@ -32,6 +32,7 @@ from warmerge.rewards.render import Encoded, Renderer
 from warmerge.rewards.tokenizer import open_renderer, quiet
 from warmerge.training.answers import tokenise_answers
 from warmerge.training.language_model import open_language_model, write_language_model
+from warmerge.training.trl_checkpoints import finish_checkpoint, last_checkpoint, remove_partial, step_of
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.samples import read_sample
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     Integers = NDArray[numpy.int64]
 
 RECORD, ROWS, WORKING = "sft.json", "rows.jsonl", "working"
-# TRL's checkpoints are not written in one go: one that was written to its end carries this file.
-_WHOLE = "whole"
 # No label: the loss leaves the token out.
 _IGNORED = -100
 
@@ -216,11 +215,11 @@ def _train(
                 )
 
         trainer.add_callback(_keeping(working, kept, write, wait, progress))
-        last = _last_whole(working)
-        if last is None or _step(last) < recipe.steps:
+        last = last_checkpoint(working)
+        if last is None or step_of(last) < recipe.steps:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_world_process_zero():
-        last = _last_whole(working)
+        last = last_checkpoint(working)
         assert last is not None, "the last step is kept"
         history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         _write(out / ROWS, "".join(json.dumps(_row(entry)) + "\n" for entry in history if "loss" in entry))
@@ -230,9 +229,10 @@ def _train(
 
 def _prepare(out: Path, record: Mapping[str, Any]) -> None:
     """The record, and beside it no checkpoint that does not belong to it or was not written to its end."""
-    for path in (out / WORKING).glob("checkpoint-*"):
-        if not ((out / RECORD).exists() and (path / _WHOLE).exists()):
-            shutil.rmtree(path)
+    if (out / RECORD).exists():
+        remove_partial(out / WORKING)
+    else:
+        shutil.rmtree(out / WORKING, ignore_errors=True)
     _write(out / RECORD, json.dumps(record, indent=2) + "\n")
 
 
@@ -327,11 +327,7 @@ def _keeping(
                 write(kept[state.global_step])
             wait()  # each rank writes a part of TRL's checkpoint
             if state.is_world_process_zero:
-                written = working / f"checkpoint-{state.global_step}"
-                (written / _WHOLE).touch()
-                for other in working.glob("checkpoint-*"):
-                    if other != written:
-                        shutil.rmtree(other)
+                finish_checkpoint(working, state.global_step)
 
     return Keeping()
 
@@ -341,15 +337,6 @@ def _row(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": logs["step"], "loss": logs["loss"], "lr": logs["learning_rate"], "gradient_norm": logs["grad_norm"],
     }  # fmt: skip
-
-
-def _last_whole(working: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    return max((path.parent for path in working.glob(f"checkpoint-*/{_WHOLE}")), key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _write(path: Path, text: str) -> None:

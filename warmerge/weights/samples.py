@@ -15,7 +15,7 @@ import torch
 from warmerge.errors import Finding, plain
 from warmerge.weights.checkpoint import Checkpoint, Stored, Tensor
 from warmerge.weights.compat import is_head
-from warmerge.weights.folder import read_bytes
+from warmerge.weights.folder import LocalFolder, read_bytes
 from warmerge.weights.kernels import TORCH_DTYPE
 from warmerge.weights.remote.read_ahead import Piece, read_pieces
 from warmerge.weights.safetensors_format import AVERAGED, BITS
@@ -54,6 +54,20 @@ def read_sample(checkpoint: Checkpoint) -> Sample:
             heads[name] = _values(next(read), tensor.parts[0])
             digest.update(heads[name].numpy().tobytes())
     return Sample(digest.hexdigest(), torch.cat(body) if body else torch.zeros(0, dtype=torch.float64), heads)
+
+
+def content_digest(checkpoint: Checkpoint) -> str:
+    """A digest (hex) of every byte of its weights, wherever they lie; of files that are elsewhere, of their version."""
+    digest = hashlib.sha256()
+    for folder, name in checkpoint.weight_files:
+        digest.update(f"{name}\0".encode(errors="surrogatepass"))
+        if not isinstance(folder, LocalFolder):
+            digest.update(str(folder.identity).encode(errors="surrogatepass"))
+            continue
+        with (folder.path / name).open("rb") as file:
+            while data := file.read(1 << 22):
+                digest.update(data)
+    return digest.hexdigest()
 
 
 def _values(data: bytes, part: Stored) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from warmerge.errors import Finding, RefusedError, WarmergeError, plain
+from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, plain
 from warmerge.pipeline.proxies import ENSEMBLE, Proxy
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.rewarders import Rewarder, Texts
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[numpy.float64]
+
+
+# Rewards further from 0, in standard deviations, lose what tells them apart in float32, which has 7 digits.
+_FAR = 1e5
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ def scales_of(proxy: Proxy, members: Array) -> Scales:
     if numpy.ptp(rewards) == 0:
         what = f"gives each of {len(rewards)} answers of the start policy the reward {rewards[0]:.4g}"
         raise RefusedError([Finding(proxy.name, f"{what}: there is nothing to learn from it")])
-    return Scales(found.member_means, found.member_stds, float(rewards.mean()), float(rewards.std()))
+    mean, std = float(rewards.mean()), float(rewards.std())
+    if abs(mean) > _FAR * std:
+        what = f"gives rewards of {mean:.6g} +- {std:.3g} to answers of the start policy: TRL computes in float32, "
+        raise RefusedError([Finding(proxy.name, f"{what}in which these are hardly told apart; subtract a constant")])
+    return Scales(found.member_means, found.member_stds, mean, std)
 
 
 def combined(proxy: Proxy, members: Array, scales: Scales) -> Array:
@@ -164,7 +172,8 @@ class Rewards:
             assert self.judge is not None, "there is a control"
             if not self.measures_control(step):
                 return [None] * len(prompts)
-            return list(self._at(step, lambda: self.judge.rewards(self._texts).rewards).tolist())  # type: ignore[union-attr]
+            judge = self.judge
+            return list(self._at(step, lambda: _in_float32(judge.label, judge.rewards(self._texts).rewards)).tolist())
 
         functions: list[Callable[..., list[float | None]]] = [optimised, proxy]
         functions += [] if self.judge is None else [control]
@@ -179,20 +188,38 @@ class Rewards:
     ) -> list[float | None]:  # fmt: skip
         assert self.scales is not None, "the start policy was measured before"
         self._texts, finished = self.read(prompts, completion_ids)
-        members, cut = self._at(trainer_state.global_step + 1, lambda: self.of_members(self._texts))
-        self._proxy = combined(self.definition, members, self.scales)
+        step, scales = trainer_state.global_step + 1, self.scales
+        members, cut = self._at(step, lambda: self.of_members(self._texts))
+        name = self.definition.name
+        self._proxy = self._at(step, lambda: _in_float32(name, combined(self.definition, members, scales)))
         if len(members) > 1:
-            log_metric("disagreement", disagreement(members, self.scales))
+            log_metric("disagreement", disagreement(members, scales))
         log_metric("cut", cut / len(self._texts))
+        # TRL's own count takes an answer that was cut at a padding token for one that has ended.
+        log_metric("truncated", float(1 - finished.mean()))
         reference = numpy.array([self.references[int(p)] for p in prompts]) if self.references else None
-        found = optimised(self._proxy, self.settings, self.scales, reference, finished)
+        found = optimised(self._proxy, self.settings, scales, reference, finished)
         log_metric("no_signal", without_signal(found, prompts if self.settings.baseline == "loo" else None))
         return list(found.tolist())
 
     def _at(self, step: int, score: Callable[[], Any]) -> Any:
-        """What `score` gives; its refusals (a reward of NaN) say at which step it was."""
+        """What `score` gives; its refusals (a reward of NaN, a function that fails) say at which step it was."""
         try:
             return score()
-        except RefusedError as error:
-            found = "; ".join(map(str, error.findings))
+        except (RefusedError, UsageError) as error:
+            found = "; ".join(map(str, error.findings)) if isinstance(error, RefusedError) else str(error)
             raise WarmergeError(f"step {step}: {found}. Earlier steps are kept") from error
+
+
+def _in_float32(label: str, rewards: Array) -> Array:
+    """The same rewards, if float32 holds them.
+
+    Raises:
+        RefusedError: it holds one of them as infinity.
+    """
+    with numpy.errstate(over="ignore"):
+        wrong = numpy.flatnonzero(~numpy.isfinite(rewards.astype(numpy.float32)))
+    if wrong.size:
+        what = f"gives the reward {rewards[wrong[0]]:.4g} to text {wrong[0] + 1}, more than float32 holds"
+        raise RefusedError([Finding(label, what)])
+    return rewards

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +21,25 @@ import numpy
 import torch
 
 from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError, plain
-from warmerge.pipeline.reinforce.reward import Rewards, combined, scales_of
+from warmerge.pipeline.reinforce.record import WORKING
+from warmerge.pipeline.reinforce.reward import combined
 from warmerge.pipeline.reinforce.settings import RlSettings
-from warmerge.pipeline.reinforce.trainer import answers_to, make_trainer, order_of
-from warmerge.pipeline.rewarders import Texts
+from warmerge.pipeline.reinforce.start import Task, measure_start, read_answers, refuse_other_log_probabilities
+from warmerge.pipeline.reinforce.trainer import answers_to, make_trainer
 from warmerge.pipeline.rl_runs import ROWS
-from warmerge.pipeline.sampling.policy import Answer, Drawn, OpenedPolicy, Questions
 from warmerge.report.results import write_text
 from warmerge.rewards.tokenizer import quiet
 from warmerge.training.language_model import merged_state, write_language_model
+from warmerge.training.trl_checkpoints import finish_checkpoint, last_checkpoint, remove_partial, step_of
 
-START, SAMPLES, WORKING = "start.jsonl", "samples", "working"
-# TRL's checkpoints are not written in one go: one that was written to its end carries this file.
-_WHOLE = "whole"
+SAMPLES = "samples"
 # Nats per token between the policy and its start before the first update: they are one model.
 _SAME = 1e-3
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is optimised, on which prompts, into which folder. `held_out` are asked now and then, and not trained on."""
-
-    policy: OpenedPolicy
-    training: Questions
-    held_out: Questions
-    rewards: Rewards
-    out: Path
-
-    @property
-    def settings(self) -> RlSettings:
-        return self.rewards.settings
-
-    @property
-    def kept(self) -> dict[int, Path]:
-        """After which steps the policy is kept, and where."""
-        every, last = self.settings.keep_every, self.settings.steps
-        return {step: self.out / f"step-{step}" for step in sorted({*range(every, last + 1, every), last})}
-
-
-def run(task: Task, begin: Callable[[], None], progress: Callable[[Mapping[str, Any]], None]) -> None:
+def run(
+    task: Task, begin: Callable[[], None], progress: Callable[[Mapping[str, Any]], None], use_cpu: bool = False
+) -> None:
     """Optimises the policy; one that was interrupted goes on from its last checkpoint, to the same weights.
 
     Under `accelerate launch` every rank calls this: each batch is split between them.
@@ -69,39 +47,55 @@ def run(task: Task, begin: Callable[[], None], progress: Callable[[Mapping[str, 
     Args:
         begin: called once on the first rank when all is ready to begin, before anything is written into the folder.
         progress: is given each step's row.
+        use_cpu: even where there is a GPU.
 
     Raises:
-        Interrupted: Ctrl-C. WarmergeError: out of memory; a loss or a reward that is not finite.
-        RefusedError: rewards that teach nothing; as `make_trainer`.
+        Interrupted: Ctrl-C.
+        WarmergeError: out of memory; a gradient or a reward that is not finite; files that cannot be read or written.
+        RefusedError: rewards that teach nothing; a run that lost some of its files; as `make_trainer`.
     """
+    from safetensors import SafetensorError
+
     working = task.out / WORKING
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TRL reads a property of transformers that has a new name
-        try:
-            trainer = make_trainer(task.policy, task.training, task.rewards, working)
-            wait = trainer.accelerator.wait_for_everyone
-            wait()  # until every rank has looked at what lies in the folder
-            if trainer.is_world_process_zero():
-                begin()
-                _remove_partial(working)
-            wait()
-            last = _last_whole(working)
-            done = 0 if last is None else _step(last)
-            if trainer.is_world_process_zero():
-                _cut_rows(task.out / ROWS, done)
-            trainer.add_callback(_callback(task, trainer, wait, progress))
-            if done < task.settings.steps:
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            else:  # stopped after its last step
-                measure_start(task, trainer)
-        except KeyboardInterrupt:
-            at = _last_whole(working)
-            found = "nothing is kept" if at is None else f"step {_step(at)} is kept in {plain(str(working))}"
-            raise Interrupted(f"stopped; {found}; the same command goes on") from None
-        except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-                raise
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TRL reads a property of transformers that has a new name
+            _run(task, working, begin, progress, use_cpu)
+    except KeyboardInterrupt:
+        at = last_checkpoint(working)
+        found = "nothing is kept" if at is None else f"step {step_of(at)} is kept in {plain(str(working))}"
+        raise Interrupted(f"stopped; {found}; the same command goes on") from None
+    except SafetensorError as error:
+        raise WarmergeError(_unwritten(working, error)) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise WarmergeError(_out_of_memory(task.settings)) from error
+        if "PytorchStream" in str(error) or "inline_container" in str(error):
+            raise WarmergeError(_unwritten(working, error)) from error
+        raise
+
+
+def _run(
+    task: Task, working: Path, begin: Callable[[], None], progress: Callable[[Mapping[str, Any]], None], use_cpu: bool
+) -> None:
+    trainer = make_trainer(task.policy, task.training, task.rewards, working, use_cpu)
+    wait = trainer.accelerator.wait_for_everyone
+    wait()  # until every rank has looked at what lies in the folder
+    if trainer.is_world_process_zero():
+        begin()
+        remove_partial(working)
+    wait()
+    last = last_checkpoint(working)
+    done = 0 if last is None else step_of(last)
+    if trainer.is_world_process_zero():
+        _cut_rows(task.out / ROWS, done)
+    if done == 0:
+        refuse_other_log_probabilities(trainer, task.policy, task.training)
+    trainer.add_callback(_callback(task, trainer, wait, progress))
+    if done < task.settings.steps:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    else:  # stopped after its last step
+        measure_start(task, trainer, begun=True)
     wait()
 
 
@@ -118,7 +112,7 @@ def _callback(task: Task, trainer: Any, wait: Callable[[], None], progress: Call
         begun = seconds = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            measure_start(task, trainer)
+            measure_start(task, trainer, begun=state.global_step > 0)
             if state.global_step == 0:
                 write_samples(task, trainer, 0)
 
@@ -147,11 +141,7 @@ def _callback(task: Task, trainer: Any, wait: Callable[[], None], progress: Call
                 _write_policy(task, trainer, kept[state.global_step])
             wait()  # each rank writes a part of TRL's checkpoint
             if state.is_world_process_zero:
-                written = task.out / WORKING / f"checkpoint-{state.global_step}"
-                (written / _WHOLE).touch()
-                for other in written.parent.glob("checkpoint-*"):
-                    if other != written:
-                        shutil.rmtree(other)
+                finish_checkpoint(task.out / WORKING, state.global_step)
 
     return Keeping()
 
@@ -159,7 +149,8 @@ def _callback(task: Task, trainer: Any, wait: Callable[[], None], progress: Call
 def row_of(logs: Mapping[str, Any], settings: RlSettings, seconds: float) -> dict[str, Any]:
     """A step as TRL logs it, in warmerge's words; all of it is of answers that were sampled before the update.
 
-    TRL's kl is per token: the sum over all tokens divided by their number. Times the mean length it is per answer.
+    TRL's kl is per token: the sum over all tokens divided by their number. Times the mean length it is per answer. Its
+    entropy is the mean over micro-batches of such a quotient.
     """
     length = logs["completions/mean_length"]
     return {
@@ -169,7 +160,7 @@ def row_of(logs: Mapping[str, Any], settings: RlSettings, seconds: float) -> dic
         "control": logs.get("rewards/control/mean"), "control_std": logs.get("rewards/control/std"),
         "disagreement": logs.get("disagreement"),
         "kl_token": logs["kl"], "kl_sequence": logs["kl"] * length,
-        "length": length, "entropy": logs["entropy"], "truncated": logs["completions/clipped_ratio"],
+        "length": length, "entropy": logs["entropy"], "truncated": logs["truncated"],
         "cut": logs["cut"], "no_signal": logs["no_signal"],
         "lr": logs["learning_rate"], "gradient_norm": logs["grad_norm"],
         "tokens_per_second": length * settings.batch / max(seconds, 1e-9), "seconds": seconds,
@@ -188,36 +179,6 @@ def _refuse_broken(row: Mapping[str, Any], settings: RlSettings) -> None:
         raise WarmergeError(f"{what}: TRL loaded another model as reference; KL would be measured to the wrong start")
 
 
-def measure_start(task: Task, trainer: Any) -> None:
-    """The scales of the rewards and r_ref, from answers of the start policy: sampled once, and read again later."""
-    rewards, path, settings = task.rewards, task.out / START, task.settings
-    asked = list(dict.fromkeys(order_of(len(task.training.texts), settings)))
-    if settings.shaping != "sigmoid":
-        asked = asked[: settings.start_answers]
-    if not path.exists():
-        ids = [task.training.ids[number] for number in asked]
-        if settings.shaping != "sigmoid":  # few prompts are asked several times
-            ids = [ids[i % len(ids)] for i in range(settings.start_answers)]
-            asked = [asked[i % len(asked)] for i in range(settings.start_answers)]
-        answers = _read(task.policy, task.training, asked, answers_to(trainer, ids, task.policy.ends, settings.seed))
-        texts = [(task.training.texts[number], answer.text) for number, answer in zip(asked, answers, strict=True)]
-        members, _ = rewards.of_members(texts)
-        if trainer.is_world_process_zero():
-            lines = [
-                {"number": number, "prompt": prompt, "answer": answer.text, "tokens": answer.tokens,
-                 "finished": answer.finished, "rewards": column}
-                for number, (prompt, _), answer, column in zip(asked, texts, answers, members.T.tolist(), strict=True)
-            ]  # fmt: skip
-            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        trainer.accelerator.wait_for_everyone()
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    members = numpy.array([line["rewards"] for line in found]).T
-    rewards.scales = scales_of(rewards.definition, members)
-    if settings.shaping == "sigmoid":
-        references = combined(rewards.definition, members, rewards.scales)
-        rewards.references = {line["number"]: float(r) for line, r in zip(found, references, strict=True)}
-
-
 def write_samples(task: Task, trainer: Any, step: int) -> None:
     """Answers to the held-out prompts, with their rewards: so that one can read what the numbers mean."""
     if not task.held_out.texts:
@@ -226,7 +187,7 @@ def write_samples(task: Task, trainer: Any, step: int) -> None:
     drawn = answers_to(trainer, task.held_out.ids, task.policy.ends, seed)
     if not trainer.is_world_process_zero():
         return
-    answers = _read(task.policy, task.held_out, range(len(drawn)), drawn)
+    answers = read_answers(task.policy, task.held_out, range(len(drawn)), drawn)
     texts = [(prompt, answer.text) for prompt, answer in zip(task.held_out.texts, answers, strict=True)]
     members, _ = task.rewards.of_members(texts)
     assert task.rewards.scales is not None, "the start was measured"
@@ -251,28 +212,6 @@ def write_samples(task: Task, trainer: Any, step: int) -> None:
     )
 
 
-def _read(policy: OpenedPolicy, asked: Questions, numbers: Sequence[int], drawn: Sequence[Drawn]) -> list[Answer]:
-    return [
-        policy.answer(asked.texts[number], asked.ids[number], one) for number, one in zip(numbers, drawn, strict=True)
-    ]
-
-
-def reader(policy: OpenedPolicy, training: Questions) -> Callable[..., tuple[Texts, Any]]:
-    """What `Rewards` reads a step's answers with."""
-
-    def read(prompts: Sequence[str], completion_ids: Sequence[list[int]]) -> tuple[Texts, Any]:
-        numbers = [int(prompt) for prompt in prompts]
-        drawn = [Drawn(list(ids), ids[-1] in policy.ends) for ids in completion_ids]
-        answers = _read(policy, training, numbers, drawn)
-        texts: Texts = [(training.texts[number], answer.text) for number, answer in zip(numbers, answers, strict=True)]
-        return texts, numpy.array([answer.finished for answer in answers])
-
-    return read
-
-
-# --- on the disk ------------------------------------------------------------------------------------------------------
-
-
 def _write_policy(task: Task, trainer: Any, folder: Path) -> None:
     module = trainer.accelerator.unwrap_model(trainer.model)
     if task.settings.lora:
@@ -284,28 +223,26 @@ def _write_policy(task: Task, trainer: Any, folder: Path) -> None:
 
 
 def _cut_rows(path: Path, done: int) -> None:
-    """The rows of the steps that are kept; later ones are made again."""
+    """Leaves the rows of the steps that are kept; later ones are made again.
+
+    Raises:
+        RefusedError: they are not there.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if path.exists() else []
-    steps = [json.loads(line)["step"] for line in lines]
+    try:
+        # As whole as `rl-report` will want them: also a row that lost a part is lost.
+        steps = [json.loads(line)["step"] for line in lines if len(json.loads(line)) > 1]
+    except (ValueError, KeyError, TypeError):
+        steps = []
     if steps != list(range(1, done + 1)):
-        what = f"does not hold a row for each of the {done} steps that are kept; delete the folder to begin again"
+        what = f"does not hold a row for each of the {done} steps that are kept; delete the run's folder to begin again"
         raise RefusedError([Finding(str(path), what)])
     write_text(path, "".join(lines))
 
 
-def _remove_partial(working: Path) -> None:
-    for path in working.glob("checkpoint-*"):
-        if not (path / _WHOLE).exists():
-            shutil.rmtree(path)
-
-
-def _last_whole(working: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    return max((path.parent for path in working.glob(f"checkpoint-*/{_WHOLE}")), key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _unwritten(working: Path, error: Exception) -> str:
+    what = f"a checkpoint in {plain(str(working))} cannot be written or read: {error}"
+    return f"{what}. Is the disk full? The same command goes on; if it says this again, delete the run's folder"
 
 
 def _out_of_memory(settings: RlSettings) -> str:

@@ -77,7 +77,8 @@ class RlSettings:
         counts = ("steps", "batch", "max_new_tokens", "control_every", "sample_every", "keep_every", "save_every")
         checks = [
             *((name, getattr(self, name) >= 1, "1 or more") for name in (*counts, "micro_batch")),
-            *((name, getattr(self, name) >= 0, "0 or more") for name in ("seed", "samples", "lora")),
+            *((name, getattr(self, name) >= 0, "0 or more") for name in ("samples", "lora")),
+            ("seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
             *(
                 (name, 0 <= getattr(self, name) < math.inf, "a number of 0 or more")
                 for name in ("kl_coef", "eos_penalty")

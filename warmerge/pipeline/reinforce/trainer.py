@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from warmerge.errors import UsageError, WarmergeError
+from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, plain
 from warmerge.pipeline.reinforce.reward import Rewards
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, Questions
@@ -27,7 +27,10 @@ from warmerge.training.language_model import load_language_model
 from warmerge.training.trainable import lora_config
 
 # What is called or replaced of TRL's own methods: it may rename them, and a method that nobody calls replaces nothing.
-_METHODS = ("_tokenize_prompts", "_get_train_sampler", "_generate_single_turn", "_send_telemetry", "create_model_card")
+_METHODS = (
+    "_tokenize_prompts", "_get_train_sampler", "_generate_single_turn", "_get_per_token_logps_and_entropies",
+    "_send_telemetry", "create_model_card",
+)  # fmt: skip
 
 
 def need_trl() -> None:
@@ -49,12 +52,12 @@ def need_trl() -> None:
         )
 
 
-def join_ranks() -> int:
+def join_ranks(use_cpu: bool = False) -> int:
     """How many ranks there are. Where several were started each takes its GPU here, before a model is put on one."""
     from accelerate import PartialState
 
     # As TrainingArguments makes it: on a CPU it would else not join the other ranks.
-    return int(PartialState(cpu=not torch.accelerator.is_available()).num_processes)
+    return int(PartialState(cpu=use_cpu or not torch.accelerator.is_available()).num_processes)
 
 
 def order_of(prompts: int, settings: RlSettings) -> list[int]:
@@ -70,12 +73,17 @@ def order_of(prompts: int, settings: RlSettings) -> list[int]:
     return order[: settings.steps * share]
 
 
-def make_trainer(policy: OpenedPolicy, training: Questions, rewards: Rewards, working: Path) -> Any:
+def make_trainer(
+    policy: OpenedPolicy, training: Questions, rewards: Rewards, working: Path, use_cpu: bool = False
+) -> Any:
     """The trainer of a policy on `training`, in the order of `order_of`, with its checkpoints in `working`.
+
+    Args:
+        use_cpu: even where there is a GPU.
 
     Raises:
         UsageError: a batch that cannot be split as asked; vLLM that is not installed.
-        RefusedError: as `load_language_model`.
+        RefusedError: as `load_language_model`; a policy whose ends or whose class TRL would not know.
         WarmergeError: TRL refuses the model.
     """
     from datasets import Dataset
@@ -83,12 +91,15 @@ def make_trainer(policy: OpenedPolicy, training: Questions, rewards: Rewards, wo
 
     settings = rewards.settings
     config = copy.deepcopy(policy.config)
+    if not (settings.lora or config.architectures):
+        what = "names no architectures in its config.json, by which TRL loads the start to compare with; add them"
+        raise RefusedError([Finding(f"--policy {plain(policy.source.label)}", what)])
     set_dropout(config, 0.0)  # also where the model applies it by itself, which TRL does not see
     module = load_language_model(policy.source, config, torch.float32, settings.trust_remote_code, "optimised")
     tokenizer = _prepared(policy, module)
     adapters = lora_config(module, settings.lora, "CAUSAL_LM") if settings.lora else None
     functions, weights = rewards.functions()
-    arguments = _arguments(settings, weights, working)
+    arguments = _arguments(settings, weights, working, use_cpu or not torch.accelerator.is_available())
     data = Dataset.from_dict({"prompt": [str(number) for number in order_of(len(training.texts), settings)]})
     try:
         trainer = _class(settings, training.ids)(
@@ -138,6 +149,9 @@ def _prepared(policy: OpenedPolicy, module: Any) -> Any:
     tokenizer = copy.deepcopy(policy.tokenizer)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(policy.ends[0])
+        if tokenizer.eos_token_id is None:
+            what = f"ends answers with the token {policy.ends[0]}, which its tokenizer does not have"
+            raise RefusedError([Finding(f"--policy {plain(policy.source.label)}", what)])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     module.generation_config = GenerationConfig(
@@ -146,12 +160,12 @@ def _prepared(policy: OpenedPolicy, module: Any) -> Any:
     return tokenizer
 
 
-def _arguments(settings: RlSettings, weights: Sequence[float], working: Path) -> Any:
+def _arguments(settings: RlSettings, weights: Sequence[float], working: Path, use_cpu: bool) -> Any:
     from trl import RLOOConfig
 
     known = RLOOConfig.__dataclass_fields__
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    world = join_ranks()
+    world = join_ranks(use_cpu)
     share, left = divmod(settings.batch, world)
     if left:
         raise UsageError(f"--batch: {settings.batch} answers cannot be split between {world} processes")
@@ -159,7 +173,7 @@ def _arguments(settings: RlSettings, weights: Sequence[float], working: Path) ->
     arguments = RLOOConfig(
         output_dir=str(working), max_steps=settings.steps, learning_rate=settings.lr, lr_scheduler_type="constant",
         warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch", seed=settings.seed,
-        data_seed=settings.seed, use_cpu=not torch.accelerator.is_available(),
+        data_seed=settings.seed, use_cpu=use_cpu,
         bf16=settings.precision == "bfloat16", fp16=False, **{checkpointing: settings.gradient_checkpointing},
         per_device_train_batch_size=micro, gradient_accumulation_steps=share // micro,
         num_generations=settings.group, num_generations_eval=1, max_completion_length=settings.max_new_tokens,
@@ -167,7 +181,8 @@ def _arguments(settings: RlSettings, weights: Sequence[float], working: Path) ->
         # Of the smallest number TRL still computes the KL divergence; times any KL it is 0 in float32.
         beta=settings.kl_coef or sys.float_info.min,
         num_iterations=1, reward_weights=list(weights), normalize_advantages=False, reward_clip_range=None,
-        mask_truncated_completions=False, disable_dropout=True, shuffle_dataset=False, sync_ref_model=False,
+        router_aux_loss_coef=0.0, mask_truncated_completions=False, disable_dropout=True, shuffle_dataset=False,
+        sync_ref_model=False,
         trust_remote_code=settings.trust_remote_code, use_vllm=settings.generator == "vllm", vllm_mode="colocate",
         log_completions=False, ddp_find_unused_parameters=False, dataloader_pin_memory=torch.cuda.is_available(),
         logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,

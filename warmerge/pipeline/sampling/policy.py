@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.errors import Finding, RefusedError, UsageError, plain, some
+from warmerge.pipeline.rl_runs import RECORD
 from warmerge.pipeline.sampling.prompts import Prompts
 from warmerge.pipeline.sampling.settings import Sampling
 from warmerge.rewards.layouts import Text, canonical
@@ -160,6 +161,10 @@ def open_for_sampling(spec: str | Path) -> Checkpoint:
     """
     if Path(spec).is_file():
         raise UsageError(f"--policy: {plain(str(spec))} is a file; give its folder, with config and tokenizer")
+    if (Path(spec) / RECORD).is_file() and not (Path(spec) / "config.json").is_file():
+        kept = sorted(path.name for path in Path(spec).glob("step-*"))
+        what = f"is a run of warmerge rl; name one of its policies ({some(kept) if kept else 'none is kept yet'})"
+        raise UsageError(f"--policy: {plain(str(spec))} {what}")
     if (Path(spec) / ADAPTER_CONFIG).is_file():
         raise _adapter(str(spec))
     source = open_checkpoint(spec)
