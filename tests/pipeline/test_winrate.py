@@ -22,7 +22,7 @@ from warmerge import LlmJudge, Measuring, WinRates, win_rate
 from warmerge.errors import Finding, Interrupted, RefusedError, RemoteError, UsageError, WarmergeError
 from warmerge.pipeline.judging import llm as client
 from warmerge.pipeline.judging.contenders import Contender, parse_contenders
-from warmerge.pipeline.judging.doubts import judge_doubts
+from warmerge.pipeline.judging.doubts import judge_doubts, prompt_doubts
 from warmerge.pipeline.judging.template import TEMPLATE
 from warmerge.pipeline.rewarders import open_rewarder
 from warmerge.pipeline.sampling import Sampling, sample_pool
@@ -621,3 +621,18 @@ def test_names_of_the_package() -> None:
     assert warmerge.win_rate is win_rate
     make: Callable[..., LlmJudge] = warmerge.LlmJudge
     assert make("http://localhost/v1", "m").parallel == 8
+
+
+def test_prompts_that_a_policy_was_optimised_on_are_said(place: Path) -> None:
+    Path("rl/step-1").mkdir(parents=True)
+    Path("rl/rl.json").write_text(json.dumps({"proxy": {}, "prompts": "trained.jsonl"}))
+    contenders, _ = parse_contenders(["rl/step-1", "b"], None)
+    where = "rl/rl.json"
+    unknown = "its prompts trained.jsonl are not here: whether they hold the ones that are judged is unknown"
+    assert prompt_doubts(contenders, PROMPTS) == [Finding(where, unknown)]
+    prompts("trained.jsonl", [*PROMPTS[:2], "another"])
+    what = f"2 of {len(PROMPTS)} prompts are among those that its policies were optimised on; use other ones"
+    assert prompt_doubts(contenders, PROMPTS) == [Finding(where, what)]
+    prompts("trained.jsonl", ["another"])
+    assert prompt_doubts(contenders, PROMPTS) == []
+    assert prompt_doubts(contenders[1:], PROMPTS) == []

@@ -13,7 +13,6 @@ import typer
 from warmerge.cli.scoring import (
     AdaptedModel,
     BatchTokens,
-    Device,
     Dtype,
     MaxLength,
     SkipBadRows,
@@ -137,7 +136,9 @@ def rl(
         str, typer.Option(rich_help_panel=_SPEED, help="transformers, or vllm beside the policy on its GPU.")
     ] = "transformers",
     base: AdaptedModel = None,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option(rich_help_panel=_SPEED, help="auto (a GPU if there is one), cpu or cuda: of all models.")
+    ] = "auto",
     dtype: Dtype = "auto",
     template: Template = "auto",
     max_length: MaxLength = None,

@@ -27,7 +27,7 @@ from warmerge.pipeline.judging.contenders import (
     parse_contenders,
     shared_prompts,
 )
-from warmerge.pipeline.judging.doubts import judge_doubts
+from warmerge.pipeline.judging.doubts import judge_doubts, prompt_doubts
 from warmerge.pipeline.judging.llm import LlmJudge, is_address
 from warmerge.pipeline.judging.matches import Match, Pair, by_llm, by_rewards
 from warmerge.pipeline.judging.template import digest_of
@@ -126,7 +126,8 @@ def win_rate(
     names = [one.name for one in contenders]
     pairs = [(name, chosen) for name in names if name != chosen] if chosen else list(itertools.combinations(names, 2))
     match = Match(kept, {one.contender.name: one for one in answers}, tuple(pairs))
-    warnings = [*_few(match), *(warning for one in answers for warning in one.warnings)]
+    warnings = [*_few(match), *prompt_doubts(contenders, kept)]
+    warnings += [warning for one in answers for warning in one.warnings]
     if isinstance(opened, LlmJudge):
         warnings += opened.doubts()
         judged = by_llm(opened, match, out, measuring, overwrite, say)

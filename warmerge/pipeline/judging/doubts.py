@@ -10,8 +10,10 @@ from warmerge.errors import Finding, WarmergeError, plain, quoted, some
 from warmerge.pipeline.judging.contenders import Contender
 from warmerge.pipeline.rewarders import OwnFunction, open_rewarder
 from warmerge.pipeline.rl_runs import RECORD
+from warmerge.pipeline.sampling import read_prompts
 from warmerge.pipeline.scorebook import Judge
 from warmerge.rewards.layouts import Text
+from warmerge.rewards.pools import said
 from warmerge.training.seen import seen_in_training
 
 
@@ -26,6 +28,12 @@ def judge_doubts(
     if isinstance(judge, Judge):
         found += seen_in_training(judge.folders, prompts)
     return found
+
+
+def prompt_doubts(contenders: Sequence[Contender], prompts: Sequence[Text]) -> list[Finding]:
+    """Warnings: policies that were optimised on these very prompts."""
+    runs = dict.fromkeys(contender.run for contender in contenders if contender.run is not None)
+    return [finding for run in runs for finding in _trained_on(run, prompts)]
 
 
 def _shared(run: Path, own: set[str], spec: str) -> list[Finding]:
@@ -48,6 +56,25 @@ def _shared(run: Path, own: set[str], spec: str) -> list[Finding]:
         return []
     what = f"its proxy {quoted(name)} is not here ({some(unknown)}): whether the judge shares its weights is unknown"
     return [Finding(str(run / RECORD), what)]
+
+
+def _trained_on(run: Path, prompts: Sequence[Text]) -> list[Finding]:
+    """A warning where a run's policies were optimised on some of these prompts, or might have been."""
+    try:
+        source = str(json.loads((run / RECORD).read_text(encoding="utf-8"))["prompts"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []  # not a run of this version: nothing is known of its prompts
+    path = next((place for place in (Path(source), run.parent / source, run / source) if place.exists()), None)
+    try:
+        known = None if path is None else {said(text) for text in read_prompts(str(path), skip_bad_rows=True).texts}
+    except WarmergeError:
+        known = None
+    if known is None:
+        what = f"its prompts {plain(source)} are not here: whether they hold the ones that are judged is unknown"
+        return [Finding(str(run / RECORD), what)]
+    both = known & {said(prompt) for prompt in prompts}
+    what = f"{len(both)} of {len(prompts)} prompts are among those that its policies were optimised on; use other ones"
+    return [Finding(str(run / RECORD), what)] if both else []
 
 
 def _opened(checkpoint: str, run: Path) -> set[str] | None:
