@@ -138,5 +138,5 @@ def test_settings_out_of_their_range(settings: dict[str, Any], message: str) -> 
 
 def test_what_decides() -> None:
     deciding = RlSettings().deciding()
-    assert {"save_every", "keep_every", "sample_every"}.isdisjoint(deciding)
-    assert {"seed", "samples", "micro_batch", "control_every", "kl_coef"} <= deciding.keys()
+    assert {"save_every", "keep_every", "sample_every", "micro_batch"}.isdisjoint(deciding)
+    assert {"seed", "samples", "control_every", "kl_coef"} <= deciding.keys()

@@ -476,6 +476,25 @@ def test_a_control_that_is_the_proxy_is_said(tmp_path: Path, world: Any) -> None
     assert any("is the control, and shares weights with 'warm'" in str(warning) for warning in averaged.warnings)
 
 
+def test_a_run_goes_on_with_less_memory(tmp_path: Path) -> None:
+    """Another micro-batch, after a stop: the same answers, and weights but for rounding."""
+    whole = optimise(tmp_path, "whole", micro_batch=8)
+    told: list[int] = []
+
+    def interrupt(count: int) -> None:
+        told.append(count)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        optimise(tmp_path, micro_batch=8, measuring=Measuring(progress=interrupt))
+    less = optimise(tmp_path, micro_batch=2, gradient_checkpointing=True)
+    for row, other in zip(less.rows, whole.rows, strict=True):
+        assert close(row["proxy"], other["proxy"])
+        assert close(row["kl_sequence"], other["kl_sequence"], 1e-3)
+        assert close(row["gradient_norm"], other["gradient_norm"], 1e-3)
+
+
 def test_out_of_memory_names_what_to_turn_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = running.make_trainer
 
@@ -490,8 +509,8 @@ def test_out_of_memory_names_what_to_turn_down(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(running, "make_trainer", full)
     what = (
-        r"out of memory: turn down --micro-batch \(now 4\), --max-new-tokens \(now 10\), --batch \(now 8\), or add "
-        r"--gradient-checkpointing, --lora RANK, --precision bfloat16\."
+        r"out of memory: try a lower --micro-batch \(now 4\) or --gradient-checkpointing, with which this run goes on "
+        r"where it was; or a new one with a lower --max-new-tokens \(now 10\) or --batch \(now 8\), --lora RANK, --precision"
     )
     with pytest.raises(WarmergeError, match=what):
         optimise(tmp_path)

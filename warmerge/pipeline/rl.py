@@ -131,7 +131,6 @@ def optimise_policy(
         "control": None if judge is None else decides(judge), "loading": asdict(measuring.loading),
         "settings": settings.deciding(),
     }  # fmt: skip
-    asked = json.loads(json.dumps(asked))  # as it will be read again
     with only_run(out) if first else nullcontext():
         earlier = begun(out, asked)
         if earlier.get("finished"):
@@ -151,11 +150,7 @@ def optimise_policy(
         record = {
             "format": FORMAT, "command": list(command), "versions": versions(), "finished": False,
             "policy": str(policy), "prompts": str(prompts), "control": None if control is None else str(control),
-            "proxy": asdict(proxy), "settings": asdict(settings), "asked": asked,
-            "counts": {
-                "prompts": len(training.texts), "held_out": len(held_out.texts), "too_long": held_out.left_out,
-                "skipped_rows": found.skipped, "repeats": found.repeats,
-            },
+            "proxy": asdict(proxy), "settings": asdict(settings), "asked": asked, "counts": _counts(task, found),
             "notes": [], "warnings": list(map(str, warnings)),
         }  # fmt: skip
         _optimise(task, record, measuring, say if first else lambda line: None)
@@ -185,21 +180,18 @@ def _doubts_before(
     found: Prompts,
 ) -> list[Finding]:  # fmt: skip
     """Reasons for doubt before anything is trained."""
-    models = {key: entry for key, entry in zip(judges_of(proxy), members, strict=True) if isinstance(entry, Judge)}
     warnings = []
+    models = {key: entry for key, entry in zip(judges_of(proxy), members, strict=True) if isinstance(entry, Judge)}
     if isinstance(judge, OwnFunction) and any(judge.same_as(entry) for entry in members):
         warnings.append(Finding(str(control), "is the control, and what is optimised: it sees no hacking of itself"))
-    watched = None
     if isinstance(judge, Judge):
-        models[single(str(control))], watched = judge, str(control)
-    if len(models) - (watched is not None) == len(members) or not isinstance(judge, Judge):
-        # Of a proxy with a function among its members only these are compared with the control, below.
-        proxies = [proxy] if all(isinstance(entry, Judge) for entry in members) else []
-        return warnings + doubts_before(found.texts, proxies, models, watched)
-    if any(isinstance(entry, Judge) and entry.ingredients() & judge.ingredients() for entry in members):
-        what = f"is the control, and shares weights with {quoted(proxy.name)}: it flatters it; judge by another model"
-        warnings.append(Finding(str(control), what))
-    return warnings + doubts_before(found.texts, [], models, None)
+        if any(entry.ingredients() & judge.ingredients() for entry in models.values()):
+            what = f"is the control, and shares weights with {quoted(proxy.name)}: it flatters it; judge by another"
+            warnings.append(Finding(str(control), f"{what} model"))
+        models[single(str(control))] = judge
+    # What a proxy with a function among its members has in common with itself is not looked at.
+    proxies = [proxy] if all(isinstance(entry, Judge) for entry in members) else []
+    return warnings + doubts_before(found.texts, proxies, models, None)
 
 
 def _questions(
@@ -225,6 +217,13 @@ def _questions(
         return Questions(tuple(asked.texts[i] for i in rows), tuple(asked.ids[i] for i in rows), asked.left_out)
 
     return part(training), part(held_out)
+
+
+def _counts(task: Task, found: Prompts) -> dict[str, int]:
+    return {
+        "prompts": len(task.training.texts), "held_out": len(task.held_out.texts), "too_long": task.held_out.left_out,
+        "skipped_rows": found.skipped, "repeats": found.repeats,
+    }  # fmt: skip
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

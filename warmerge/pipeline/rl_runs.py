@@ -21,7 +21,7 @@ _CONTROL = ("control", "control_std")
 # What must be alike for runs to be compared; the proxy's own settings stand beside those of the run.
 _SHARED = ("control", "policy", "prompts")
 # What runs of a group may differ in: the seed, and how often something is kept, which changes nothing of the run.
-_FREE = ("seed", "save_every", "keep_every", "sample_every")
+_FREE = ("seed", "save_every", "keep_every", "sample_every", "micro_batch", "gradient_checkpointing")
 _OF_PROXY = ("kind", "aggregate", "k", "standardize")
 
 

@@ -67,6 +67,7 @@ def begun(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: the folder holds something else, or a run of another question.
     """
+    asked = json.loads(json.dumps(asked))  # as it was written, and will be read again
     # Other ranks than the first make no folder; the trainer makes its own before the record is written.
     if not out.exists() or {path.name for path in out.iterdir()} <= {WORKING, LOCK, f".{RECORD}.partial"}:
         return {}

@@ -246,11 +246,11 @@ def _unwritten(working: Path, error: Exception) -> str:
 
 
 def _out_of_memory(settings: RlSettings) -> str:
-    """Which knobs take less memory, and how they stand."""
-    smaller = ("micro_batch", "max_new_tokens", "batch") if settings.micro_batch > 1 else ("max_new_tokens", "batch")
-    words = ", ".join(f"--{name.replace('_', '-')} (now {getattr(settings, name)})" for name in smaller)
-    more = [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+    """Which knobs take less memory, and how they stand: first those with which the same run goes on."""
+    gentle = [f"a lower --micro-batch (now {settings.micro_batch})"] if settings.micro_batch > 1 else []
+    gentle += [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+    more = [f"a lower --max-new-tokens (now {settings.max_new_tokens}) or --batch (now {settings.batch})"]
     more += [] if settings.lora else ["--lora RANK"]
     more += [] if settings.precision == "bfloat16" else ["--precision bfloat16"]
-    added = f", or add {', '.join(more)}" if more else ""
-    return f"out of memory: turn down {words}{added}. What is kept stays so, but goes on only with the same settings"
+    again = f"try {' or '.join(gentle)}, with which this run goes on where it was; or a new one with " if gentle else ""
+    return f"out of memory: {again or 'try a new run with '}{', '.join(more)}"

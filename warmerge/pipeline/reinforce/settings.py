@@ -14,8 +14,8 @@ SHAPINGS = ("none", "sigmoid")
 SCALES = ("raw", "std")
 PRECISIONS = ("float32", "bfloat16")
 GENERATORS = ("transformers", "vllm")
-# What changes nothing of the weights that come out.
-_FREE = ("save_every", "keep_every", "sample_every")
+# What changes nothing of the weights that come out, but for rounding.
+FREE = ("save_every", "keep_every", "sample_every", "micro_batch", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class RlSettings:
     The control reward is measured every `control_every` steps. Every `sample_every` steps the policy answers `samples`
     prompts that it is not trained on; every `keep_every` it is kept, and every `save_every` a checkpoint is written to
     go on from: these three intervals change nothing of the weights that come out. `micro_batch` is how many answers are
-    in one forward and backward pass; fewer take less memory. `lora` is a rank, 0 for all weights.
+    in one forward and backward pass; fewer take less memory, as `gradient_checkpointing` does: both change the weights
+    by rounding alone, and may be changed when a run goes on. `lora` is a rank, 0 for all weights.
 
     Raises:
         UsageError: values out of their range; all of them are named.
@@ -121,7 +122,7 @@ class RlSettings:
 
     def deciding(self) -> dict[str, Any]:
         """All that the weights which come out depend on."""
-        return {key: value for key, value in asdict(self).items() if key not in _FREE}
+        return {key: value for key, value in asdict(self).items() if key not in FREE}
 
 
 def _flag(name: str) -> str:
