@@ -510,7 +510,7 @@ def test_out_of_memory_names_what_to_turn_down(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(running, "make_trainer", full)
     what = (
         r"out of memory: try a lower --micro-batch \(now 4\) or --gradient-checkpointing, with which this run goes on "
-        r"where it was; or a new one with a lower --max-new-tokens \(now 10\) or --batch \(now 8\), --lora RANK, --precision"
+        r"where it was; or a new one with a lower --max-new-tokens \(now 10\) or --batch \(now 8\), --lora RANK"
     )
     with pytest.raises(WarmergeError, match=what):
         optimise(tmp_path)
