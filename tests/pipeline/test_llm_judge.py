@@ -400,13 +400,18 @@ def test_ctrl_c_keeps_what_came_before_it(model: Llm, tmp_path: Path) -> None:
         return "A"
 
     model.reply = first("A", "B", then=stop)
-    with pytest.raises(Interrupted) as raised:
-        ask_all(one, questions(one, 4), store)
-    going_on.set()
+    # A job in the background begins with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Interrupted) as raised:
+            ask_all(one, questions(one, 4), store)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        going_on.set()
     assert str(raised.value) == f"stopped; 2 of 8 verdicts are kept in {store}; the same command goes on"
-    model.reply, before = by(len), len(model.requests)
+    model.reply, asked = by(len), len(model.requests)
     ask_all(one, questions(one, 4), store)
-    assert len(model.requests) - before == 6
+    assert len(model.requests) - asked == 6
 
 
 def test_several_questions_at_a_time(model: Llm, tmp_path: Path) -> None:
