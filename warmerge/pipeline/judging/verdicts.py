@@ -9,6 +9,7 @@ which template, about which texts. A verdict is read from its reply each time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,7 +132,7 @@ class _Run:
             self._todo.put(next(left))
             threading.Thread(target=self._work, daemon=True).start()
         for _ in self._questions:
-            asked, found = self._done.get()
+            asked, found = self._next()
             if isinstance(found, BaseException):
                 self.stop()
                 while not self._done.empty():
@@ -147,6 +148,12 @@ class _Run:
         self._stopped.set()
         for _ in range(self._parallel):
             self._todo.put(None)
+
+    def _next(self) -> tuple[Question, Reply | BaseException]:
+        # A wait without an end is not woken by a Ctrl-C that another thread was given.
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._done.get(timeout=0.2)
 
     def _work(self) -> None:
         while (asked := self._todo.get()) is not None and not self._stopped.is_set():
