@@ -10,9 +10,11 @@ from typing import Any
 
 import causal_models
 import numpy
+import pytest
 from safetensors.torch import load_file
 
 from warmerge.pipeline.proxies import Proxy
+from warmerge.pipeline.reinforce import run as running
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.rl import Optimised, optimise_policy
 from warmerge.rewards.bench import Measuring
@@ -74,3 +76,26 @@ def untimed(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 def close(found: float, expected: float, tolerance: float = 1e-5) -> bool:
     return bool(numpy.isclose(found, expected, rtol=tolerance, atol=tolerance))
+
+
+def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What TRL makes of each step's answers: tokens, masks, advantages; and the policy's weights at that moment."""
+    seen: list[dict[str, Any]] = []
+    make = running.make_trainer
+
+    def watched(*given: Any) -> Any:
+        trainer = make(*given)
+        score = trainer._generate_and_score_completions
+
+        def kept(inputs: Any) -> Any:
+            state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+            out = score(inputs)
+            copied = {key: value.clone() for key, value in out.items()}
+            seen.append({**copied, "numbers": [int(row["prompt"]) for row in inputs], "state": state})
+            return out
+
+        trainer._generate_and_score_completions = kept
+        return trainer
+
+    monkeypatch.setattr(running, "make_trainer", watched)
+    return seen

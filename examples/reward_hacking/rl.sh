@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Optimises the tiny world's policy against single reward models, their ensemble, their average, and the gold itself.
-#   examples/reward_hacking/rl.sh /tmp/reward_hacking 0 1 2      (after run.sh; about 8 minutes a seed on one core)
+#   examples/reward_hacking/rl.sh /tmp/reward_hacking 0 1 2      (after run.sh; about 10 minutes a seed on one core)
 # FOLDER/seed-N/rl/ then holds a run for each, FOLDER/seed-0/sweep/ those of other KL coefficients, FOLDER/seed-N/wins/
 # win rates against the start by gold, FOLDER/report/ and FOLDER/sweep/ what all of it says. Run again, it goes on.
 set -euo pipefail

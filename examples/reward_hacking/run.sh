@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the tiny world, its reward models, their average, and measures them: run.sh FOLDER SEED...
-#   examples/reward_hacking/run.sh /tmp/reward_hacking 0 1 2      (about 6 minutes a seed on one core)
+#   examples/reward_hacking/run.sh /tmp/reward_hacking 0 1 2      (6 to 18 minutes a seed, as busy as the machine is)
 # FOLDER/seed-N/ then holds world/, members/, warm/, eval/, pool.jsonl and bon/. Run again, it goes on.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

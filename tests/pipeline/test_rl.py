@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from conftest import bot, lines, user
-from rl_worlds import close, optimise, same_weights, small, untimed, write_prompts
+from rl_worlds import close, optimise, same_weights, small, untimed, watch_batches, write_prompts
 from safetensors.torch import load_file, save_file
 
 from warmerge import Interrupted, RefusedError, UsageError, WarmergeError
@@ -40,25 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Optimised]
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What TRL made of each step's answers: tokens, masks, advantages; and the policy's weights at that moment."""
-    seen: list[dict[str, Any]] = []
-    make = running.make_trainer
-
-    def watched(*given: Any) -> Any:
-        trainer = make(*given)
-        score = trainer._generate_and_score_completions
-
-        def kept(inputs: Any) -> Any:
-            state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-            out = score(inputs)
-            copied = {key: value.clone() for key, value in out.items()}
-            seen.append({**copied, "numbers": [int(row["prompt"]) for row in inputs], "state": state})
-            return out
-
-        trainer._generate_and_score_completions = kept
-        return trainer
-
-    monkeypatch.setattr(running, "make_trainer", watched)
-    return seen
+    return watch_batches(monkeypatch)
 
 
 def log_probabilities(state: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> torch.Tensor:

@@ -19,12 +19,11 @@ import pytest
 import tiny_models
 import torch
 from conftest import lines, user
-from rl_worlds import close, optimise, same_weights, small, untimed, write_prompts
+from rl_worlds import close, optimise, same_weights, small, untimed, watch_batches, write_prompts
 from safetensors.torch import load_file, save_file
 
 from warmerge import Interrupted, RefusedError, UsageError, WarmergeError
 from warmerge.pipeline.proxies import Proxy
-from warmerge.pipeline.reinforce import run as running
 from warmerge.pipeline.rewarders import load_rewarder, open_rewarder
 from warmerge.rewards.bench import Measuring
 
@@ -47,24 +46,7 @@ def uneven(path: Path) -> str:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What TRL made of each step's answers, and the policy's weights at that moment."""
-    seen: list[dict[str, Any]] = []
-    make = running.make_trainer
-
-    def watched(*given: Any) -> Any:
-        trainer = make(*given)
-        score = trainer._generate_and_score_completions
-
-        def kept(inputs: Any) -> Any:
-            state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-            out = score(inputs)
-            seen.append({**{key: value.clone() for key, value in out.items()}, "state": state})
-            return out
-
-        trainer._generate_and_score_completions = kept
-        return trainer
-
-    monkeypatch.setattr(running, "make_trainer", watched)
-    return seen
+    return watch_batches(monkeypatch)
 
 
 def said(batch: dict[str, Any]) -> list[list[int]]:

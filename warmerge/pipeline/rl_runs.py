@@ -12,6 +12,7 @@ from typing import Any
 
 from warmerge.errors import Finding, RefusedError, plain, quoted
 from warmerge.pipeline.prepare import Spec
+from warmerge.pipeline.reinforce.settings import FREE
 from warmerge.rewards.over_optimisation import Run
 
 RECORD, ROWS, FORMAT = "rl.json", "rows.jsonl", "warmerge rl 1"
@@ -20,8 +21,8 @@ _NEEDED = ("proxy", "proxy_std", "kl_sequence", "length", "truncated")
 _CONTROL = ("control", "control_std")
 # What must be alike for runs to be compared; the proxy's own settings stand beside those of the run.
 _SHARED = ("control", "policy", "prompts")
-# What runs of a group may differ in: the seed, and how often something is kept, which changes nothing of the run.
-_FREE = ("seed", "save_every", "keep_every", "sample_every", "micro_batch", "gradient_checkpointing")
+# What runs of a group may differ in: the seed, and what changes nothing of the run but for rounding.
+_FREE = ("seed", *FREE)
 _OF_PROXY = ("kind", "aggregate", "k", "standardize")
 
 
