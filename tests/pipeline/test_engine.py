@@ -124,6 +124,11 @@ print([[outcome.state, outcome.message] for outcome in outcomes])
 """
 
 MakeUnits = Callable[..., list[Unit]]
+Drive = Callable[..., "subprocess.Popen[str]"]
+STOPPED = (
+    "stopped; {} of 3 are finished and kept; the same command goes on, "
+    "with those that had begun from their last checkpoint\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +272,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_arguments_that_cannot_be_used(make: MakeUnits) -> None:
-    with pytest.raises(UsageError, match=r"^--engine: expected local or ray, found 'slurm'$"):
+    with pytest.raises(UsageError, match=r"^--engine: expected local, ray or inline, found 'slurm'$"):
         run_units(make("say"), engine="slurm")
     with pytest.raises(UsageError, match=r"^--threads: expected 1 or more, found 0$"):
         run_units(make("say"), threads=0)
@@ -306,6 +311,43 @@ def test_threads_are_those_of_torch(make: MakeUnits, monkeypatch: pytest.MonkeyP
     (unit,) = make("numbers")
     assert states(run_units([unit], devices=["cpu"], threads=3)) == ["done"]
     assert (unit.folder / "numbers").read_text().split()[0] == "3"
+
+
+def test_inline_gives_what_a_process_of_its_own_gives(make: MakeUnits) -> None:
+    """Outcomes, messages, logs and numbers; the caller's threads and the flow of the driver are as before."""
+    import torch
+
+    found, told, before = {}, list[Outcome](), torch.get_num_threads()
+    for name in ("local", "inline"):
+        units = make("say", "wrong", "numbers", "refused", "leave", "memory")
+        outcomes = run_units(units, engine=name, threads=2, devices=["cpu"], on_outcome=told.append)
+        assert told[-len(units) :] == outcomes
+        found[name] = [states(outcomes), [o.message for o in outcomes], (units[2].folder / "numbers").read_text()]
+        assert log(units[1]).count("about to fail\n") == (1 if name == "local" else 2)
+        assert log(units[1]).endswith("ValueError: no such row\n")
+    assert found["local"] == found["inline"]
+    assert found["inline"][0] == ["done", "failed", "done", "failed", "failed", "failed"]
+    assert torch.get_num_threads() == before
+
+
+def test_inline_stops_when_it_is_told(make: MakeUnits, drive: Drive) -> None:
+    units = make("slow_steps", "slow_steps", "slow_steps")
+    process = drive("slow_steps", units, engine="inline")
+    assert pids(units[0])[0] == process.pid
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (STOPPED.format(0), "")
+    assert process.returncode == 130
+    assert (units[0].folder / "checkpoint").read_text() == str(rows(units[0])[-1])
+    assert not (units[1].folder / "log.txt").exists()
+    assert drive("steps", units, engine="inline").communicate(timeout=30)[0].count("done") == 3
+    assert [rows(unit) for unit in units] == [list(range(1, 11))] * 3
+
+
+def test_inline_tells_the_driver_while_it_works(make: MakeUnits) -> None:
+    looked: list[int] = []
+    (unit,) = make("steps")
+    run_units([unit], engine="inline", while_waiting=lambda: looked.append(len(rows(unit)) if looked else 0))
+    assert len(looked) >= 10
 
 
 def test_processors_are_shared_by_all_slots(make: MakeUnits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,13 +441,6 @@ def test_a_mistake_of_the_caller_leaves_no_process(make: MakeUnits) -> None:
         run_units([unit], devices=["cpu"], while_waiting=fail)
     assert not alive(pids(unit)[0])
     assert (unit.folder / "checkpoint").exists()
-
-
-Drive = Callable[..., "subprocess.Popen[str]"]
-STOPPED = (
-    "stopped; {} of 3 are finished and kept; the same command goes on, "
-    "with those that had begun from their last checkpoint\n"
-)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -155,7 +155,8 @@ def train(
         str,
         typer.Option(
             rich_help_panel=_ENGINE,
-            help="local: one member for each GPU at a time, or one on the CPU; ray: on an existing Ray cluster.",
+            help="local: one member for each GPU at a time, or one on the CPU; ray: on an existing Ray cluster; "
+            "inline: in this process, for tiny models.",
         ),
     ] = "local",
     address: Annotated[str, typer.Option(rich_help_panel=_ENGINE, help="Of the Ray cluster.")] = "auto",

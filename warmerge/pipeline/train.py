@@ -85,7 +85,7 @@ def train(
             checkpoints (WARM, "Baklava").
         probe: fit the head before members are trained. Without it members are hardly connected: for the ablation.
         corrupt, corrupt_seed: swap exactly round(corrupt * n) of the training labels.
-        engine, address: "local", or "ray" on the cluster at `address`.
+        engine, address: "local", "inline" (in this process), or "ray" on the cluster at `address`.
         measuring: how texts are rendered and cut, sets are read, models measured.
         say: is told what is being done, a line each.
 

@@ -1,6 +1,7 @@
 """Independent units of work, such as the members of a run: a local queue of processes, or an existing Ray cluster.
 
-Both engines start the same child process for a unit, so a result does not depend on the engine. A unit may be killed
+These start the same child process for a unit, so a result does not depend on the engine; the third one, inline, saves
+that process where starting it would take longer than the work. A unit may be killed
 at any moment: its function looks into its folder, goes on from its last checkpoint, and has no other state.
 """
 
@@ -10,8 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 
-from warmerge.errors import Interrupted, UsageError
-from warmerge.pipeline.engine.child import Outcome, Unit, stop_requested
+from warmerge.errors import UsageError
+from warmerge.pipeline.engine.child import Outcome, Unit, interrupted, stop_requested
+from warmerge.pipeline.engine.inline import run_inline
 from warmerge.pipeline.engine.local import Local, visible_devices
 from warmerge.pipeline.engine.ray_cluster import OnRay
 
@@ -32,7 +34,8 @@ def run_units(
 
     Args:
         engine: "local", a process at a time for each visible GPU, or one on the CPU; "ray", the cluster at `address`,
-            whose machines share the units' folders and have warmerge installed.
+            whose machines share the units' folders and have warmerge installed; "inline", one after the other in this
+            process: what kills a unit kills the run, which goes on when it is started again.
         threads: of each unit, on the CPU. None shares out the processors of a machine among its GPUs.
         devices: for "local", what units run on: CUDA_VISIBLE_DEVICES of each, or "cpu". None takes what is visible.
         on_outcome: told of each outcome when the unit ends.
@@ -45,6 +48,8 @@ def run_units(
     check_engine(engine, threads)
     if not units:
         return []
+    if engine == "inline":
+        return run_inline(units, threads, on_outcome, while_waiting)
     running = Local(units, devices, threads) if engine == "local" else OnRay(units, address, threads)
     outcomes: dict[int, Outcome] = {}
     told = False
@@ -65,11 +70,7 @@ def run_units(
         finally:
             running.close()
         if told or stop():
-            done = sum(outcome.state == "done" for outcome in outcomes.values())
-            raise Interrupted(
-                f"stopped; {done} of {len(units)} are finished and kept; the same command goes on, "
-                "with those that had begun from their last checkpoint"
-            )
+            raise interrupted(units, outcomes.values())
     return [outcomes[i] for i in range(len(units))]
 
 
@@ -79,7 +80,7 @@ def check_engine(engine: str, threads: int | None) -> None:
     Raises:
         UsageError: an unknown engine, or fewer threads than one.
     """
-    if engine not in ("local", "ray"):
-        raise UsageError(f"--engine: expected local or ray, found {engine!r}")
+    if engine not in ("local", "ray", "inline"):
+        raise UsageError(f"--engine: expected local, ray or inline, found {engine!r}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads: expected 1 or more, found {threads}")

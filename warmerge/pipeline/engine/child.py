@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -58,6 +58,15 @@ class Outcome:
     message: str
 
 
+def interrupted(units: Sequence[Unit], ended: Iterable[Outcome]) -> Interrupted:
+    """What is raised when the user stopped the units."""
+    done = sum(outcome.state == "done" for outcome in ended)
+    return Interrupted(
+        f"stopped; {done} of {len(units)} are finished and kept; the same command goes on, "
+        "with those that had begun from their last checkpoint"
+    )
+
+
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
     """Gives stop(): whether Ctrl-C or SIGTERM came. They do nothing else; another Ctrl-C is a KeyboardInterrupt.
@@ -95,14 +104,14 @@ def main() -> None:
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} on {socket.gethostname()}, {shown}")
     with stop_requested() as stop:
         # An orphan would train for hours, and in the way of the next run.
-        outcome = _call(function, Path(where), lambda: stop() or os.getppid() != int(parent))
+        outcome = call(function, Path(where), lambda: stop() or os.getppid() != int(parent))
         if os.getppid() == int(parent):
             Path(report).write_text(json.dumps(outcome) + "\n")
         else:
             Path(report).unlink()
 
 
-def _call(function: str, folder: Path, stop: Callable[[], bool]) -> tuple[str, str]:
+def call(function: str, folder: Path, stop: Callable[[], bool]) -> tuple[str, str]:
     """State and message of the outcome; a traceback of what went wrong is printed."""
     try:
         with only_worker(folder, stop):
