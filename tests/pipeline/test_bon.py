@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -464,6 +466,40 @@ def test_a_control_alone_judges(world: World, tmp_path: Path) -> None:
     line = lines(found.chosen)[0]
     assert "gold" not in line
     assert isinstance(line["control"], float)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_function_as_control_says_what_choices_are_worth(world: World, tmp_path: Path) -> None:
+    """As a gold column with the same numbers would; it also knows the best choice of all."""
+    rows = pool(gold=False)
+    rule = "def worth(prompts, completions):\n    return [len(text) % 7 for text in completions]\n"
+    (tmp_path / "rule.py").write_text(rule)
+    control = f"{tmp_path / 'rule.py'}:worth"
+    found = small(world, tmp_path, rows, proxies=rms(world.a, world.b), control=control)
+    (tmp_path / "gold").mkdir()
+    golden = [{**row, "gold": [len(text) % 7 for text in row["candidates"]]} for row in rows]
+    other = small(world, tmp_path / "gold", golden, proxies=rms(world.a, world.b))
+    assert list(found.rows) == json.loads(json.dumps(list(other.rows)).replace('"gold', '"control'))
+    assert found.proxies[-1]["proxy"] == other.proxies[-1]["proxy"] == "oracle"
+    digest = hashlib.sha256(rule.encode()).hexdigest()
+    assert found.record["fingerprints"][f"function {control}"] == ["worth", digest]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file"),
+        ("def other(prompts, completions): return []", "the file has no function of this name; it has 'other'"),
+        ("raise ValueError('no')", "the file cannot be run: ValueError: no"),
+    ],
+)
+def test_a_function_that_cannot_be_run_is_told_before_anything_is_scored(
+    world: World, tmp_path: Path, never: None, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "rule.py").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        small(world, tmp_path, pool(2, 2), proxies=rms(world.a), control=f"{tmp_path / 'rule.py'}:worth")
 
 
 def test_without_gold_and_control_only_beliefs_are_known(world: World, tmp_path: Path) -> None:

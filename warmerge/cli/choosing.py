@@ -106,7 +106,9 @@ def bon(
     control: Annotated[
         str | None,
         typer.Option(
-            metavar="CKPT", rich_help_panel=_PROXIES, help="Judges the choices: a model no proxy was trained with."
+            metavar="CKPT|FILE.py:FUNCTION",
+            rich_help_panel=_PROXIES,
+            help="Judges the choices: a model no proxy was trained with, or a function like TRL's reward functions.",
         ),
     ] = None,
     choose: Annotated[

@@ -192,7 +192,7 @@ def _print_choices(found: BestOfN, rows: Sequence[Mapping[str, Any]], target: st
     columns = ["proxy", f"n = 1 to {n}", f"{target} at {n} [95 %]", f"minus {plain(reference)} [95 %]"]
     columns += ["highest at n [95 %]"]
     columns += ["beats a random one [95 %]"] if target == judge else []
-    columns += ["regret [95 %]"] if target == "gold" else []
+    columns += ["regret [95 %]"] if target == judge and "regret" in rows[0] else []
     cells = []
     for row in rows:
         name, peak = row["proxy"], peaks.get(row["proxy"])
@@ -200,7 +200,7 @@ def _print_choices(found: BestOfN, rows: Sequence[Mapping[str, Any]], target: st
         cell += [_interval(minus[name], "difference", sign="+") if name in minus else ""]
         cell += ["" if peak is None else f"{peak['peak_n']} [{peak['peak_low']}, {peak['peak_high']}]"]
         cell += [_interval(row, "win", "win_low", "win_high")] if target == judge else []
-        cell += [_interval(row, "regret", "regret_low", "regret_high")] if target == "gold" else []
+        cell += [_interval(row, "regret", "regret_low", "regret_high")] if columns[-1].startswith("regret") else []
         cells.append(cell)
     table(columns, cells)
 

@@ -23,11 +23,12 @@ from warmerge.pipeline.choosers import (
     doubts_before,
     open_judges,
     proxy_rows,
-    single,
+    targets_of,
     write_chosen,
 )
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import LENGTH, RANDOM, WARM, Proxy
+from warmerge.pipeline.rewarders import is_function, load_rewarder, open_rewarder
 from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
 from warmerge.pipeline.scorebook import Judge, Scores, open_book
 from warmerge.report.results import BON, check_results, without_nan, write_results
@@ -94,13 +95,14 @@ def best_of_n(
     """Chooses among each prompt's candidates by every proxy, and measures what the choices are worth, from n = 1 to N.
 
     Every model scores each text once; ensembles are computed from their members' rewards. Beside the proxies stand the
-    longest answer, a random one, and where the pool has `gold` the best one.
+    longest answer, a random one, and where the pool has `gold`, or a function is the control, the best one.
 
     Args:
         pool: a file with `prompt`, `candidates` and perhaps `gold`, or a policy to sample it from into OUT/pool.jsonl.
         proxies: reward models, ensembles, averages.
         out: a folder for choices, results and figures.
-        control: a reward model that no proxy was trained with, to judge the choices by.
+        control: a reward model that no proxy was trained with, to judge the choices by; or `FILE.py:FUNCTION`, with
+            the signature of TRL's reward functions, that says what they are worth.
         n: the N of the choices, and the largest on the curves; as many as every prompt has if not given.
         chooser: the proxy whose choices go into chosen.jsonl; the first average, else the first proxy.
         reference: the proxy or baseline that differences are to; the first proxy if not given.
@@ -125,6 +127,8 @@ def best_of_n(
     if n is not None and n < 1:
         raise UsageError(f"-n: expected 1 or more, found {n}")
     check_results(out, BON, overwrite)
+    if control is not None and is_function(control):
+        load_rewarder(open_rewarder(control), measuring)  # a file that is not there, or cannot be run, is told at once
     check_chosen(out / CHOSEN, pool.prompts if isinstance(pool, Policy) else pool, overwrite)
     read, judges, sampled = _opened(pool, proxies, control, out, min_candidates, measuring, overwrite, say)
     size, warnings = _size(read, n)
@@ -136,10 +140,9 @@ def best_of_n(
     say(f"{counted(len(read.texts), 'text')}, {counted(len(judges), 'model')}: {todo}")
     measuring.on_work(missing)
     scores = {key: book.scores(judge) for key, judge in judges.items()}
-    choosers = choosers_of(read, proxies, scores)
+    targets, exact = targets_of(read, control, scores, measuring)
+    choosers = choosers_of(read, proxies, scores, exact)
     warnings += doubts_after(read, choosers, judges, scores)
-    targets = {} if read.gold is None else {"gold": read.gold}
-    targets |= {} if control is None else {"control": read.by_row(scores[single(control)].rewards)}
     curves = pool_curves(choosers, targets, read.clusters, size, measuring.resamples, measuring.seed, reference)
     made = proxy_rows(read, proxies, choosers, scores)
     record = _record(read, judges, control, size, chooser, reference, measuring, command)
@@ -227,6 +230,8 @@ def _record(
     measuring: Measuring, command: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What bon.json says of how it came about."""
+    function = open_rewarder(control) if control is not None and is_function(control) else None
+    rule = {} if function is None else {f"function {plain(str(control))}": function.contents()}
     return {
         "format": "warmerge bon 1",
         "command": list(command),
@@ -241,7 +246,7 @@ def _record(
         "n": n,
         "chooser": chooser,
         "reference": reference,
-        "fingerprints": {plain(" ".join(key)): list(judge.fingerprints) for key, judge in judges.items()},
+        "fingerprints": {plain(" ".join(key)): list(judge.fingerprints) for key, judge in judges.items()} | rule,
         "intervals": measuring.intervals(),
         "loading": asdict(measuring.loading),
     }  # fmt: skip

@@ -13,10 +13,11 @@ import numpy
 from warmerge.errors import Finding, RefusedError, UsageError, plain, some
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import BASELINE, ENSEMBLE, LENGTH, ORACLE, RANDOM, WARM, Proxy
+from warmerge.pipeline.rewarders import is_function, load_rewarder, open_rewarder
 from warmerge.pipeline.scorebook import Judge, Scores, open_average, open_judge
 from warmerge.report.results import write_text
 from warmerge.rewards import metrics
-from warmerge.rewards.bench import answer_lengths
+from warmerge.rewards.bench import Measuring, answer_lengths
 from warmerge.rewards.best_of_n import choose
 from warmerge.rewards.ensembles import aggregate
 from warmerge.rewards.pool_curves import Chooser, Ragged, tie_orders
@@ -39,7 +40,7 @@ def open_judges(proxies: Sequence[Proxy], control: Spec | None, base: Spec | Non
         RefusedError: with the findings of all of them. UsageError, RemoteError: as `open_judge`.
     """
     singles = [checkpoint for proxy in proxies if proxy.kind != WARM for checkpoint in proxy.checkpoints]
-    singles += [] if control is None else [str(control)]
+    singles += [] if control is None or is_function(control) else [str(control)]
     wanted = {single(checkpoint): partial(open_judge, checkpoint, base) for checkpoint in singles}
     averages = [proxy for proxy in proxies if proxy.kind == WARM]
     wanted |= {merged(proxy): partial(open_average, proxy.name, proxy.checkpoints, base) for proxy in averages}
@@ -72,8 +73,28 @@ def judges_of(proxy: Proxy) -> list[Key]:
     return [merged(proxy)] if proxy.kind == WARM else [single(checkpoint) for checkpoint in proxy.checkpoints]
 
 
-def choosers_of(pool: Pool, proxies: Sequence[Proxy], scores: Mapping[Key, Scores]) -> list[Chooser]:
-    """The proxies, then what they must beat: the longest answer, a random one; and the best one where gold says which.
+def targets_of(
+    pool: Pool, control: Spec | None, scores: Mapping[Key, Scores], measuring: Measuring
+) -> tuple[dict[str, Ragged], Ragged | None]:
+    """What choices are worth, by gold and by the control; and the one of them that is exact, gold or a function.
+
+    Raises:
+        UsageError, RefusedError: as `load_rewarder` and the function.
+    """
+    targets: dict[str, Ragged] = {} if pool.gold is None else {"gold": pool.gold}
+    if control is not None and is_function(control):
+        given = load_rewarder(open_rewarder(control), measuring).rewards(pool.texts)
+        targets["control"] = pool.by_row(given.rewards)
+        return targets, targets.get("gold", targets["control"])
+    if control is not None:
+        targets["control"] = pool.by_row(scores[single(control)].rewards)
+    return targets, pool.gold
+
+
+def choosers_of(
+    pool: Pool, proxies: Sequence[Proxy], scores: Mapping[Key, Scores], exact: Ragged | None
+) -> list[Chooser]:
+    """The proxies, then what they must beat: the longest answer, a random one; and the best one where `exact` says.
 
     A random choice is a constant reward: ties are broken at random everywhere.
 
@@ -92,7 +113,7 @@ def choosers_of(pool: Pool, proxies: Sequence[Proxy], scores: Mapping[Key, Score
         choosers.append(Chooser(proxy.name, proxy.kind, pool.by_row(one)))
     choosers.append(Chooser(LENGTH, BASELINE, pool.by_row(answer_lengths(pool.texts))))
     choosers.append(Chooser(RANDOM, BASELINE, pool.by_row(numpy.zeros(len(pool.texts))), believes=False))
-    return choosers + ([] if pool.gold is None else [Chooser(ORACLE, BASELINE, pool.gold)])
+    return choosers + ([] if exact is None else [Chooser(ORACLE, BASELINE, exact)])
 
 
 def _refuse_flat(proxy: Proxy, rewards: NDArray[numpy.float64]) -> None:
@@ -144,7 +165,7 @@ def doubts_before(
                 what = f"has {some([first[weights], checkpoint])} as members, which seem to have the same weights"
                 found.append(Finding(proxy.name, f"{what}: such a member counts twice"))
             first.setdefault(weights, checkpoint)
-    if control is not None:
+    if control is not None and not is_function(control):
         own = judges[single(control)].ingredients()
         same = [proxy.name for proxy in proxies if any(own & judges[key].ingredients() for key in judges_of(proxy))]
         if same:

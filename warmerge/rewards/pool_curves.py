@@ -88,7 +88,7 @@ def pool_curves(
     """Best-of-1 to best-of-n by every proxy: the tables, n running over `best_of_n.grid`.
 
     Args:
-        choosers: proxies. One named "oracle" is what regret is measured to.
+        choosers: proxies. One named "oracle" is what regret is measured to, by gold, or without it by the first target.
         targets: what choices are worth, by name, such as "gold" and "control": (N_p,) for each prompt. The first one
             judges who wins.
         clusters: what counts as one prompt, for each prompt.
@@ -140,7 +140,8 @@ def tie_orders(sizes: Sequence[int], seed: int) -> list[best_of_n.Integers]:
 
 def _rows(found: _Measured) -> Iterator[Row]:
     names = [chooser.name for chooser in found.choosers]
-    oracle = names.index("oracle") if "oracle" in names and "gold" in found.targets else None
+    oracle = names.index("oracle") if "oracle" in names and found.targets else None
+    judge = "gold" if "gold" in found.targets else next(iter(found.targets), "")
     for k, chooser in enumerate(found.choosers):
         spread = _spread(numpy.concatenate(list(chooser.rewards)))
         for g, n in enumerate(found.ns):
@@ -161,8 +162,8 @@ def _rows(found: _Measured) -> Iterator[Row]:
                 win = _HALF if known else with_interval(found.values[k, m, g], found.drawn[:, k, m, g], found.clusters)
                 row |= columns("win", win)
             if oracle is not None:
-                best, best_drawn = found.at(oracle, "gold")
-                mean, drawn = found.at(k, "gold")
+                best, best_drawn = found.at(oracle, judge)
+                mean, drawn = found.at(k, judge)
                 row |= columns("regret", found.interval(best[g] - mean[g], best_drawn[:, g] - drawn[:, g]))
             yield row
 
