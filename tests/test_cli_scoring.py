@@ -97,6 +97,19 @@ def test_eval_with_everything(models: Path, world: World) -> None:
     assert "they did not memorise label noise" in done.out
 
 
+def test_eval_beside(models: Path, world: World) -> None:
+    common = ["--data", f"v={models / 'val.jsonl'}", *QUICK]
+    done = here("eval", models / "a", models / "b", "--beside", f"long={world.c}", "--beside", world.alien, *common)
+    assert (done.code, done.err) == (0, "")
+    for name in ("long", "alien"):
+        assert len(re.findall(rf"^ {name}  .*\[[+-]?0\.", done.out, re.M)) == 2  # its accuracy, its difference
+    done = here("eval", models / "a", models / "b", "--beside", world.start, *common)
+    assert done == Done(
+        2, "", "warmerge: --beside: the table has a row 'start' of something else; "
+        f"name {world.start} otherwise, as in other={world.start}\n",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

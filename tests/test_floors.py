@@ -20,16 +20,17 @@ FLOORS = {
     "warmerge.training": 3,
     "warmerge.report": 4,
     "warmerge.pipeline": 5,
-    "warmerge.cli": 6,
-    "warmerge.__main__": 7,
-    "warmerge": 7,
+    "warmerge.demo": 6,
+    "warmerge.cli": 7,
+    "warmerge.__main__": 8,
+    "warmerge": 8,
 }
 # report/ turns rows into figures: it knows none of the floors, and only commands use it.
 BELOW_REPORT = 0
 # Tools of several commands, no commands themselves.
 _TOOLS = (
     "prepare", "kept", "mixtures", "ranking", "proxies", "scorebook", "rewarders", "choosers", "judging", "sampling",
-    "reinforce", "judging", "rl_runs", "engine", "publication",
+    "reinforce", "judging", "rl_runs", "rl_summary", "found_results", "engine", "publication",
 )  # fmt: skip
 SHARED_BY_COMMANDS = {f"warmerge.pipeline.{tool}" for tool in _TOOLS}
 # Libraries that one place alone may import.
@@ -37,7 +38,7 @@ ONLY_IN = {
     "matplotlib": ("warmerge.report",),
     "huggingface_hub": ("warmerge.weights.remote",),
     "fsspec": ("warmerge.weights.remote.stores",),
-    "transformers": ("warmerge.rewards", "warmerge.training", "warmerge.pipeline"),
+    "transformers": ("warmerge.rewards", "warmerge.training", "warmerge.pipeline", "warmerge.demo"),
     "accelerate": ("warmerge.training", "warmerge.pipeline"),
     "peft": ("warmerge.training",),
     "trl": ("warmerge.training", "warmerge.pipeline"),

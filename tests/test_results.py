@@ -96,5 +96,5 @@ def test_what_is_no_result_is_said(tmp_path: Path, text: str) -> None:
 def test_a_folder_without_results_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         redraw(tmp_path)
-    names = "eval.json, curve.json, vs_m.json, training.json, bon.json, rl-report.json, winrate.json"
+    names = "eval.json, curve.json, vs_m.json, training.json, bon.json, rl-report.json, winrate.json, theory.json"
     assert str(caught.value) == f"{tmp_path}: no results to draw; expected one of {names}"

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from warmerge.pipeline.proxies import Proxy
     from warmerge.pipeline.push import Pushed, push
     from warmerge.pipeline.reinforce.settings import RlSettings
+    from warmerge.pipeline.report import Report, write_report
     from warmerge.pipeline.rl import Optimised, optimise_policy
     from warmerge.pipeline.rl_report import RlReport, rl_report
     from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
     from warmerge.pipeline.score import ScoredFile, reward_function, score_file
+    from warmerge.pipeline.theory import Theory, simulate_theory
     from warmerge.pipeline.train import Trained, train
     from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
     from warmerge.pipeline.winrate import WinRates, win_rate
     from warmerge.rewards.bench import Measuring
+    from warmerge.rewards.feature_theory import FeatureGroup, Scenario
     from warmerge.rewards.model import LoadOptions
     from warmerge.training.recipe import Recipe
     from warmerge.training.settings import TrainSettings
@@ -41,6 +44,7 @@ __all__ = [
     "BestOfN",
     "Curve",
     "Evaluation",
+    "FeatureGroup",
     "Finding",
     "Inspection",
     "Interrupted",
@@ -56,12 +60,15 @@ __all__ = [
     "Recipe",
     "RefusedError",
     "RemoteError",
+    "Report",
     "RlReport",
     "RlSettings",
     "SampledPool",
     "Sampling",
+    "Scenario",
     "ScoredFile",
     "SftRecipe",
+    "Theory",
     "TrainSettings",
     "Trained",
     "UsageError",
@@ -81,8 +88,10 @@ __all__ = [
     "rl_report",
     "sample_pool",
     "score_file",
+    "simulate_theory",
     "train",
     "win_rate",
+    "write_report",
 ]
 
 # Imported when first used, so that `import warmerge` does not import torch.
@@ -117,15 +126,21 @@ _LAZY = {
     "probe": "warmerge.pipeline.probe",
     "Pushed": "warmerge.pipeline.push",
     "push": "warmerge.pipeline.push",
+    "Report": "warmerge.pipeline.report",
+    "write_report": "warmerge.pipeline.report",
     "RlSettings": "warmerge.pipeline.reinforce.settings",
     "Optimised": "warmerge.pipeline.rl",
     "optimise_policy": "warmerge.pipeline.rl",
+    "Theory": "warmerge.pipeline.theory",
+    "simulate_theory": "warmerge.pipeline.theory",
     "Trained": "warmerge.pipeline.train",
     "train": "warmerge.pipeline.train",
     "Recipe": "warmerge.training.recipe",
     "TrainSettings": "warmerge.training.settings",
     "SftRecipe": "warmerge.training.sft",
     "Measuring": "warmerge.rewards.bench",
+    "FeatureGroup": "warmerge.rewards.feature_theory",
+    "Scenario": "warmerge.rewards.feature_theory",
     "LoadOptions": "warmerge.rewards.model",
 }
 

@@ -4,7 +4,6 @@
 # FOLDER/seed-N/rl/ then holds a run for each, FOLDER/seed-0/sweep/ those of other KL coefficients, FOLDER/seed-N/wins/
 # win rates against the start by gold, FOLDER/report/ and FOLDER/sweep/ what all of it says. Run again, it goes on.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
 folder=$1
 shift
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -19,7 +18,7 @@ for seed in "$@"; do
     local name=$1 place=$2 coefficient=$3
     shift 3
     echo "== seed $seed: $place" >&2
-    warmerge rl --policy "$out/world/sft" "$@" --name "$name" --control "$here/gold.py:gold" \
+    warmerge rl --policy "$out/world/sft" "$@" --name "$name" --control "$out/world/gold.py:gold" \
       --prompts "$out/world/prompts.jsonl" --kl-coef "$coefficient" --scale std --steps 200 --batch 128 --answers 4 \
       --lr 3e-4 --max-new-tokens 16 --eos-penalty 1 --micro-batch 128 --control-every 1 --sample-every 50 \
       --keep-every 50 --seed "$seed" --threads 1 -o "$out/$place" > "$out/${place//\//-}.txt"
@@ -29,7 +28,7 @@ for seed in "$@"; do
   optimise "average" rl/warm 0.05 --warm "$joined"
   optimise "single" rl/single-1 0.05 --rm "${members[0]}"
   optimise "ensemble" rl/ensemble 0.05 "${rms[@]}" --ensemble mean,scale=std
-  optimise "true reward" rl/true 0.05 --rm "$here/gold.py:gold"
+  optimise "true reward" rl/true 0.05 --rm "$out/world/gold.py:gold"
   optimise "single" rl/single-2 0.05 --rm "${members[1]}"
   optimise "single" rl/single-3 0.05 --rm "${members[2]}"
   if [[ $seed == 0 ]]; then
@@ -44,7 +43,7 @@ for seed in "$@"; do
   done
   if [[ ! -e $out/wins/winrate.json ]]; then
     warmerge winrate "${policies[@]}" --against "start=$out/world/sft" --prompts "$out/world/held-out.jsonl" \
-      --judge "$here/gold.py:gold" --max-new-tokens 16 --seed "$seed" --threads 1 -o "$out/wins" > "$out/wins.txt"
+      --judge "$out/world/gold.py:gold" --max-new-tokens 16 --seed "$seed" --threads 1 -o "$out/wins" > "$out/wins.txt"
   fi
 done
 

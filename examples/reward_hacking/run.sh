@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Makes the tiny world, its reward models, their average, and measures them: run.sh FOLDER SEED...
 #   examples/reward_hacking/run.sh /tmp/reward_hacking 0 1 2      (6 to 18 minutes a seed, as busy as the machine is)
-# FOLDER/seed-N/ then holds world/, members/, warm/, eval/, pool.jsonl and bon/. Run again, it goes on.
+# FOLDER/seed-N/ then holds world/, members/, warm/, eval/ and bon/. Run again, it goes on.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
 folder=$1
 shift
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -20,12 +19,6 @@ for seed in "$@"; do
     echo "$name $((SECONDS - begun))" >> "$out/seconds.txt"
     touch "$out/.$name.done"
   }
-  sampled() { # answers of the SFT policy with their gold rewards
-    python -c "import sys, warmerge; from warmerge import Sampling, sample_pool
-sample_pool(sys.argv[1], sys.argv[2], sys.argv[3], Sampling(n=64, max_new_tokens=16, seed=int(sys.argv[4])))" \
-      "$world/sft" "$world/held-out.jsonl" "$out/sampled.jsonl" "$seed"
-    python "$here/gold.py" < "$out/sampled.jsonl" > "$out/pool.jsonl"
-  }
   rms=() names=""
   for i in 1 2 3 4 5 6; do
     rms+=(--rm "m$i=$members/members/0$i")
@@ -33,7 +26,7 @@ sample_pool(sys.argv[1], sys.argv[2], sys.argv[3], Sampling(n=64, max_new_tokens
   done
 
   [[ -e $out/.world.done ]] || rm -rf "$world"
-  step world python "$here/world.py" "$world" --seed "$seed"
+  step world python -m warmerge.demo.world "$world" --seed "$seed"
   # Baklava: each member starts from one of three checkpoints of one fine-tuning. One label in four is swapped.
   step members warmerge train --init "$world/sft-201" --init "$world/sft-249" --init "$world/sft" \
     --data "$world/train.jsonl" --corrupt 0.25 --corrupt-seed "$seed" --runs 6 --epochs 6 --batch 64 \
@@ -43,7 +36,7 @@ sample_pool(sys.argv[1], sys.argv[2], sys.argv[3], Sampling(n=64, max_new_tokens
   step eval warmerge eval "$members"/members/0[1-6] --init "$members/init-3" --data val="$world/val.jsonl" \
     --data ood="$world/ood.jsonl" --data train="$world/train.jsonl" --mask "$members/corruption.json" \
     --threads 1 -o "$out/eval"
-  step pool sampled
-  step bon warmerge bon --pool "$out/pool.jsonl" "${rms[@]}" --ensemble "ens=${names#,}" \
+  step bon warmerge bon --policy "$world/sft" --prompts "$world/held-out.jsonl" -n 64 --max-new-tokens 16 \
+    --control "$world/gold.py:gold" --seed "$seed" "${rms[@]}" --ensemble "ens=${names#,}" \
     --ensemble "ens-std=${names#,},scale=std" --warm "warm=${names#,}" --reference warm --threads 1 -o "$out/bon"
 done

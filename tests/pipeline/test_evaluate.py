@@ -448,3 +448,72 @@ def test_an_earlier_merge_is_measured_beside_its_members_and_is_none(world: Worl
     assert (merged["accuracy"], merged["reward_mean"]) == (average["accuracy"], pytest.approx(average["reward_mean"]))
     alone = evaluate([tmp_path / "warm"], data, measuring=FAST)
     assert [row["kind"] for row in alone.rows] == ["member", "baseline"]
+
+
+# --- models beside the members ---
+
+
+def test_a_model_beside_is_measured_and_is_no_member(world: World, tmp_path: Path) -> None:
+    data = [f"val={world.data('val')}", f"ood={world.data('ood')}"]
+    plain = evaluate([world.a, world.b], data, init=world.start, perturb_answers=4, measuring=FAST)
+    found = evaluate(
+        [world.a, world.b], data, init=world.start, beside=[f"long={world.c}", world.alien], perturb_answers=4,
+        measuring=FAST, out=tmp_path / "out",
+    )  # fmt: skip
+    names = [row["model"] for row in found.rows if row["set"] == "val"]
+    assert names[-4:] == ["b half-way to start", "long", "alien", "length only"]
+    assert {row["kind"] for row in found.rows if row["model"] in ("long", "alien")} == {"beside"}
+    # Nothing else changes: it is averaged with none, and in no ensemble.
+    untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in found.rows]
+    assert [row for row in untimed if row["kind"] != "beside"] == [
+        {key: value for key, value in row.items() if key != "seconds"} for row in plain.rows
+    ]
+    assert [row for row in found.differences if row["b"] not in ("long", "alien")] == list(plain.differences)
+    assert found.movements == plain.movements
+    assert (found.notes, found.warnings) == (plain.notes, plain.warnings)
+    for name, folder, end in (("long", world.c, "val"), ("alien", world.alien, "ood")):
+        assert row_of(found, name, end)["accuracy"] == own_accuracy(folder, rows_in(world.data(end)))
+        (row,) = (row for row in found.differences if (row["b"], row["set"]) == (name, end))
+        gap = row_of(found, "average", end)["accuracy"] - row_of(found, name, end)["accuracy"]
+        assert row["difference"] == pytest.approx(gap, abs=1e-12)
+        assert row["low"] <= row["difference"] <= row["high"]
+    content = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert content["checkpoints"] == [str(world.a), str(world.b), str(world.c), str(world.alien)]
+    assert list(content["fingerprints"]) == ["start", "long", "alien", "a", "b"]
+    one = evaluate([world.c], data[:1], measuring=FAST)
+    assert content["fingerprints"]["long"] == one.record["fingerprints"]["c"]
+    assert "measured beside the members" in (tmp_path / "out" / "eval.svg").read_text()
+
+
+def test_a_model_beside_one_checkpoint_or_what_cannot_be_averaged(world: World) -> None:
+    for checkpoints, given in (([world.a], {}), ([world.a, world.b], {"with_average": False})):
+        found = evaluate(checkpoints, [world.data("val")], beside=[world.c], measuring=FAST, **given)
+        assert [row["kind"] for row in found.rows if row["model"] == "c"] == ["beside"]
+        assert found.differences == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["b", "average", "start", "length only", "ensemble (mean)", "mean of the members", "a half-way to start",
+             "mean of the half-way models", "best member (b)", "twice"],
+)  # fmt: skip
+def test_a_model_beside_has_a_name_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(module, "load_reward_model", never)
+    beside = [f"{name}={world.c}"] if name != "twice" else [f"twice={world.alien}", f"twice={world.c}"]
+    with pytest.raises(UsageError) as caught:
+        evaluate([world.a, world.b], [world.data("val")], beside=beside, measuring=FAST)
+    assert str(caught.value) == (
+        f"--beside: the table has a row {name!r} of something else; name {world.c} otherwise, as in other={world.c}"
+    )
+
+
+def test_a_member_is_not_measured_beside_itself(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_reward_model", never)
+    shutil.copytree(world.b, tmp_path / "copy")
+    for other in (world.b, tmp_path / "copy"):
+        with pytest.raises(RefusedError) as caught:
+            evaluate([world.a, world.b], [world.data("val")], beside=[f"other={other}"], measuring=FAST)
+        assert str(caught.value) == (
+            f"refused: {other}: has the same weights as {world.b}; give it once, as a member or with --beside"
+        )
+    with pytest.raises(UsageError, match="nothing"):
+        evaluate([world.a], [world.data("val")], beside=[tmp_path / "nothing"], measuring=FAST)

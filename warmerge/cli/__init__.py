@@ -11,16 +11,27 @@ from typing import Annotated
 
 import typer
 
-from warmerge.cli import choosing, comparing, merging, optimising, publishing, reporting, scoring, training
+from warmerge.cli import (
+    choosing,
+    comparing,
+    demonstrating,
+    merging,
+    optimising,
+    publishing,
+    reporting,
+    scoring,
+    theorising,
+    training,
+)
 
 app = typer.Typer(
     help="One robust reward model out of many: train, check, average and measure reward models (WARM).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command()(demonstrating.demo)
 app.command()(merging.average)
 app.command()(merging.inspect)
 app.command()(merging.rules)
@@ -34,7 +45,9 @@ app.command()(choosing.bon)
 app.command()(optimising.rl)
 app.command()(comparing.winrate)
 app.command()(reporting.rl_report)
+app.command()(reporting.report)
 app.command()(publishing.push)
+app.command()(theorising.theory)
 
 
 @app.callback(invoke_without_command=True)
@@ -50,4 +63,4 @@ def main() -> None:
     """The entry point of the `warmerge` command."""
     if not sys.stderr.isatty():  # read by huggingface_hub when it is imported: its own bars would go into logs
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    app()
+    app(prog_name="warmerge")  # also of `python -m warmerge`, whose completion would be that of `python` otherwise

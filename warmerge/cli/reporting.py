@@ -1,4 +1,4 @@
-"""rl-report."""
+"""rl-report, report."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def rl_report(
     warmerge rl-report rl/warm-0 rl/warm-1 rl/single-0 rl/single-1 --winrate wins/winrate.json -o report
     """
     with errors(debug):
-        from warmerge.pipeline.rl_report import rl_report as report
+        from warmerge.pipeline.rl_report import rl_report as set_beside
 
-        found = report(
+        found = set_beside(
             folders, out, smooth=smooth, margin=margin, winrates=winrate or (), overwrite=overwrite,
             command=["warmerge", *sys.argv[1:]],
         )  # fmt: skip
@@ -134,3 +134,42 @@ def _collapse(row: Mapping[str, Any]) -> str:
         return "none"
     of = row.get("collapse_step_runs", 1)
     return f"{row['collapse_step']:.0f}" + (f" ({of} of {row['runs']})" if of < row["runs"] else "")
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR", help="Folders with results anywhere beneath them.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", rich_help_panel="Output", help="The page to write: one file of HTML.")
+    ] = Path("report.html"),
+    title: Annotated[
+        str | None, typer.Option(help="Title of the page; made of the folders' names if not given.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One page of all results: what train, eval, lmc-curve, bon, rl-report, winrate and theory left in some folders.
+
+    The page is one file that needs no network: numbers with their intervals, figures drawn from the rows, and what of
+    the paper they agree with. Runs of warmerge rl are summarised as rl-report does it. Examples:
+
+    warmerge report results
+
+    warmerge report runs results lmc --title "Our reward models" -o report.html
+    """
+    with errors(debug):
+        from warmerge.pipeline.report import write_report
+        from warmerge.report.claims import in_words
+
+        found = write_report(folders, out, title=title, overwrite=overwrite, command=["warmerge", *sys.argv[1:]])
+        for remark in found.remarks:
+            typer.echo(f"note: {remark}", err=True)
+        if as_json:
+            print_json(found.as_json())
+            return
+        table(["folder", "result"], [[folder, kind] for folder, kind in found.results])
+        typer.echo(in_words(found.claims))
+        typer.echo(plain(str(out)))

@@ -78,6 +78,12 @@ def evaluate(
         str | None,
         typer.Option(help="The members' shared start: also measured, and half-way between it and each member."),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]CKPT", help="Measured beside them, never averaged: say, one long-trained model. Repeatable."
+        ),
+    ] = None,
     no_average: Annotated[
         bool, typer.Option("--no-average", help="Only compare: also models that cannot be averaged.")
     ] = False,
@@ -118,8 +124,8 @@ def evaluate(
         with bar("scoring", "texts") as progress:
             loading = loading_of(device, dtype, template, max_length, trust_remote_code)
             found = run(
-                checkpoints, _given(data), out=out, init=init, with_average=not no_average, perturb_answers=perturb,
-                mask=mask, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
+                checkpoints, _given(data), out=out, init=init, beside=beside or (), with_average=not no_average,
+                perturb_answers=perturb, mask=mask, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
                 measuring=measuring_of(
                     loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress
                 ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
 from warmerge.pipeline.prepare import Spec, mixture, prepare, short_labels
 from warmerge.report.results import EVAL, check_results, write_results
 from warmerge.rewards import metrics
@@ -18,13 +18,14 @@ from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, ope
 from warmerge.rewards.corruption import memorised, read_corruption, split_by_corruption
 from warmerge.rewards.ensembles import ENSEMBLES, Scored, constant, ensemble_moved, with_ensembles
 from warmerge.rewards.model import RewardModel, fill, load_reward_model
+from warmerge.rewards.pairs import parse_named
 from warmerge.rewards.scoring import doubts_of
 from warmerge.rewards.smoothness import Sample, movements, sample_changes
 from warmerge.weights.checkpoint import read_json
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST
 from warmerge.weights.plan import MergePlan
-from warmerge.weights.samples import read_sample
+from warmerge.weights.samples import read_sample, same_contents
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     Array = NDArray[numpy.float64]
 
 AVERAGE, START, LENGTH = "average", "start", "length only"
+MEMBERS_MEAN, HALFWAY_MEAN, HALFWAY = "mean of the members", "mean of the half-way models", "half-way to start"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def evaluate(
     *,
     out: Spec | None = None,
     init: Spec | None = None,
+    beside: Sequence[Spec] = (),
     with_average: bool = True,
     perturb_answers: int = 0,
     mask: Spec | None = None,
@@ -82,6 +85,7 @@ def evaluate(
         out: a folder for eval.json, the tables as CSV, and the figure.
         init: the start that the members share: also measured itself, and half-way between it and each member. An
             average has to beat plain shrinkage to be worth its cost.
+        beside: models, each `NAME=CKPT` or `CKPT`, to measure beside the members: never averaged, in no ensemble.
         with_average: False compares models that cannot be averaged.
         perturb_answers: so many answers of each set are also scored after small changes that should not matter.
         mask: a corruption.json; the set that it is of is split into swapped and clean pairs.
@@ -108,19 +112,22 @@ def evaluate(
     if mask is not None:
         bench.sets = split_by_corruption(bench.sets, read_corruption(Path(mask)))
     merges, warnings = _merges(members, init, measuring.base, with_average)
+    extra = _beside(beside, named, measuring.base)
     samples = sample_changes(bench, perturb_answers) if perturb_answers else []
-    passes = len(named) + len(merges) + (init is not None)
+    passes = len(named) + len(extra) + len(merges) + (init is not None)
     changed = (len(members) + (len(merges) > 0)) * sum(len(sample.changed) for sample in samples)
     measuring.on_work(passes * sum(map(len, bench.texts().values())) + changed)
     others = [] if init is None else [(START, init, "start")]
-    others += [(name, checkpoint, "merged") for name, checkpoint in merged.items() if members is not named]
+    others += [(name, spec, "merged") for name, spec in merged.items() if members is not named]
+    others += [(name, spec, "beside") for name, spec in extra.items()]
     scored, moved, doubts = _score_all(members, others, merges, bench, samples)
     lengths = {name: answer_lengths(texts) for name, texts in bench.texts().items()}
-    models = [*with_ensembles(scored), Scored(LENGTH, "baseline", lengths)]
+    apart = [model for model in scored if model.kind == "beside"]
+    models = [*with_ensembles(scored), *apart, Scored(LENGTH, "baseline", lengths)]
     rows, differences = _compare(bench, models)
     moves = movements(bench, samples, {model.name: model.rewards for model in models}, ensemble_moved(scored, moved))
     fingerprints = {model.name: model.fingerprint for model in scored if model.fingerprint is not None}
-    record = results_record("eval 1", command, checkpoints, fingerprints, bench, bench.cuts())
+    record = results_record("eval 1", command, [*checkpoints, *extra.values()], fingerprints, bench, bench.cuts())
     notes = [*record["notes"], *_notes(scored), *memorised(bench.sets, rows)]
     found = tuple(dict.fromkeys((*warnings, *doubts)))
     result = Evaluation(tuple(rows), tuple(differences), tuple(moves), tuple(notes), found, record)
@@ -136,6 +143,22 @@ def _names(checkpoints: Sequence[Spec]) -> list[str]:
         raise UsageError(f"{plain(twice[0])} is given twice; give each checkpoint once")
     taken = {AVERAGE, START, LENGTH, *ENSEMBLES}
     return [f"checkpoint {name}" if name in taken else name for name in short_labels(checkpoints)]
+
+
+def _beside(given: Sequence[Spec], named: Mapping[str, Spec], base: Spec | None) -> dict[str, Spec]:
+    """Models to measure beside `named`, none of which they are, each by a name that nothing else in the table has."""
+    taken = {AVERAGE, START, LENGTH, MEMBERS_MEAN, HALFWAY_MEAN, *ENSEMBLES, *named, *(f"{n} {HALFWAY}" for n in named)}
+    found: dict[str, Spec] = {}
+    for name, checkpoint in (parse_named(str(spec)) for spec in given):
+        if name in taken or name in found or name.startswith("best member ("):
+            advice = f"name {plain(checkpoint)} otherwise, as in other={plain(checkpoint)}"
+            raise UsageError(f"--beside: the table has a row {quoted(name)} of something else; {advice}")
+        found[name], own = checkpoint, open_checkpoint(checkpoint, base)
+        for other in (open_checkpoint(spec, base) for spec in named.values()):
+            if same_contents((other, own), (read_sample(other), read_sample(own))):
+                what = f"has the same weights as {plain(other.label)}; give it once, as a member or with --beside"
+                raise RefusedError([Finding(own.label, what)])
+    return found
 
 
 def _was_merged(checkpoint: Spec, base: Spec | None) -> bool:
@@ -171,18 +194,15 @@ def _merges(
         # float32: members and start may be stored in different dtypes.
         pair = prepare([checkpoint, init], base=base, dtype="float32")
         plan = mixture(pair.plan.members, (0.5, 0.5), "float32")
-        merges.append(Merge(f"{name} half-way to start", "halfway", plan))
+        merges.append(Merge(f"{name} {HALFWAY}", "halfway", plan))
         warnings += pair.warnings
     return merges, warnings
 
 
 def _score_all(
-    members: Mapping[str, Spec],
-    others: Sequence[tuple[str, Spec, str]],
-    merges: Sequence[Merge],
-    bench: Bench,
+    members: Mapping[str, Spec], others: Sequence[tuple[str, Spec, str]], merges: Sequence[Merge], bench: Bench,
     samples: Sequence[Sample],
-) -> tuple[list[Scored], dict[str, list[Array]], list[Finding]]:
+) -> tuple[list[Scored], dict[str, list[Array]], list[Finding]]:  # fmt: skip
     """Every model's rewards of the sets, of the changed answers (members and average), and doubts of the models.
 
     One model is in memory at a time. Merges are poured into the last one, a member: the start may have another dtype.
@@ -195,7 +215,7 @@ def _score_all(
         begun = time.perf_counter()
         rewards = bench.score(model)
         seconds = time.perf_counter() - begun
-        weights = read_sample(model.source).fingerprint if kind in ("member", "merged", "start") else None
+        weights = read_sample(model.source).fingerprint if kind not in ("average", "halfway") else None
         scored.append(Scored(name, kind, rewards, seconds, model.nbytes, weights))
         if kind in ("member", "average"):
             moved[name] = [bench.score_texts(model, sample.changed) for sample in samples]
@@ -246,9 +266,10 @@ def _differences(subset: Subset, models: Sequence[Scored], right: Array, drawn: 
     at = {kind: [k for k, other in enumerate(kinds) if other == kind] for kind in kinds}
     names = [model.name for model in models]
     others = {f"best member ({names[best]})": [best] for best in [max(at["member"], key=lambda k: right[k].mean())]}
-    others |= {"mean of the members": at["member"]} | {names[k]: [k] for k in at["ensemble"]}
+    others |= {MEMBERS_MEAN: at["member"]} | {names[k]: [k] for k in at["ensemble"]}
     others |= {"start": at["start"]} if "start" in at else {}
-    others |= {"mean of the half-way models": at["halfway"]} if "halfway" in at else {}
+    others |= {HALFWAY_MEAN: at["halfway"]} if "halfway" in at else {}
+    others |= {names[k]: [k] for k in at.get("beside", ())}
     (average,) = at["average"]
     rows = []
     for name, columns in others.items():

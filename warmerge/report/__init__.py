@@ -9,6 +9,7 @@ learning  learning curves of a run's members
 best_of_n best-of-N: rewards against n, win rates
 optimisation policies: control and proxy against steps and KL; optimisation_words the same in sentences
 win_rates policies against each other
+page      one page of HTML for many results; page_* its tables, words, figures and looks
 """
 
 from warmerge.report.best_of_n import best_of_n_figure

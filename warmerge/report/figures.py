@@ -43,6 +43,7 @@ KINDS = {
     "average": (BLUE, "o", "average of weights (line: its accuracy)"),
     "merged": (BLUE, "X", "merged earlier"),
     "ensemble": (VERMILLION, "s", "ensemble: rewards averaged"),
+    "beside": (BLACK, "*", "measured beside the members"),
     "halfway": (GREEN, "P", "halfway between two models"),
     "start": (BLACK, "v", "start of the training"),
     "baseline": (PURPLE, "^", "baseline"),

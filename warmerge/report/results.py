@@ -16,12 +16,14 @@ from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
 from warmerge.report.learning import learning_figure
 from warmerge.report.optimisation import optimisation_figure
+from warmerge.report.theory import theory_figure
 from warmerge.report.win_rates import win_rate_figure
 
 # What each kind of result is: its JSON file's stem, its tables; what draws it, and from which of them.
 EVAL, CURVE, VS_M, TRAINING, BON = "eval", "curve", "vs_m", "training", "bon"
 RL = "rl-report"
 WINRATE = "winrate"
+THEORY = "theory"
 _TABLES = {
     EVAL: ("rows", "differences", "movements"),
     CURVE: ("rows", "verdicts"),
@@ -30,6 +32,7 @@ _TABLES = {
     BON: ("rows", "differences", "wins", "peaks", "fits", "proxies"),
     RL: ("rows", "peaks", "equal_kl", "ends", "wins"),
     WINRATE: ("rows", "pairs", "policies"),
+    THEORY: ("rows", "coefficients", "features"),
 }
 _FIGURES: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
     EVAL: (eval_figure, ("rows",)),
@@ -39,6 +42,7 @@ _FIGURES: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
     BON: (best_of_n_figure, ("rows", "wins")),
     RL: (optimisation_figure, ("rows", "peaks", "wins")),
     WINRATE: (win_rate_figure, ("rows",)),
+    THEORY: (theory_figure, ("rows", "coefficients", "features")),
 }
 
 
@@ -66,7 +70,7 @@ def write_results(folder: Path, kind: str, content: Mapping[str, Any]) -> list[P
         path.unlink(missing_ok=True)
         if content.get(table):
             written.append(write_text(path, csv_text(content[table])))
-    return written + _draw(folder, kind, content)
+    return written + draw(folder, kind, content)
 
 
 def redraw(folder: Path) -> list[Path]:
@@ -88,7 +92,7 @@ def redraw(folder: Path) -> list[Path]:
             known = False
         if not known:
             raise UsageError(f"{plain(str(folder / kind))}.json is not a result of warmerge")
-        drawn += _draw(folder, kind, content)
+        drawn += draw(folder, kind, content)
     return drawn
 
 
@@ -123,7 +127,8 @@ def without_nan(value: Any) -> Any:
     return None if _is_nan(value) else value
 
 
-def _draw(folder: Path, kind: str, content: Mapping[str, Any]) -> list[Path]:
+def draw(folder: Path, kind: str, content: Mapping[str, Any]) -> list[Path]:
+    """Draws the figures of a result's rows into a folder. Returns their paths, a .png and a .svg of each figure."""
     figure, tables = _FIGURES[kind]
     return figure(*(content.get(table) or [] for table in tables), folder / kind)
 

@@ -1,43 +1,28 @@
-"""examples/reward_hacking: the world's gold rule, its texts, its pairs, and how they reach policy and reward model."""
+"""The tiny world of the demo: its gold rule, its texts, its pairs, and how they reach policy and reward model."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from warmerge.demo import world as demo_world
 from warmerge.pipeline.sampling.policy import Drawn, open_for_sampling, open_policy
 from warmerge.pipeline.sampling.settings import Sampling
 from warmerge.rewards.render import Renderer, encode
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "reward_hacking"
 POST = "exam um lunch rent job bus well loan cat TL;DR:"
 ROUND_TRIPS = ("train", "val", "ood")
 
 
-def _loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def world() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("gold", "world"):  # taken away again afterwards
-            patch.delitem(sys.modules, name, raising=False)
-            patch.setitem(sys.modules, name, _loaded(name))
-        yield sys.modules["world"]
+    return demo_world
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +77,12 @@ def test_gold_takes_what_a_trl_reward_function_is_given(world: Any) -> None:
         world.gold([POST], ["exam", "rent"])
 
 
-def test_gold_alone_adds_a_list_to_the_rows_of_a_pool_and_needs_no_other_package() -> None:
-    row = json.dumps({"prompt": POST, "candidates": ["exam rent", "debt"], "finished": [True, True]})
-    command = [sys.executable, "-I", "-S", str(EXAMPLE / "gold.py")]  # -S: without site-packages
-    done = subprocess.run(command, input=row + "\n", capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == json.loads(row) | {"gold": [2.0, -1.0]}
+def test_gold_is_a_file_that_needs_no_other_package(small: list[Path]) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(small[0])!r}); import gold; print(gold.gold([{POST!r}], ['exam rent']))"
+    )
+    command = [sys.executable, "-B", "-I", "-S", "-c", code]  # -S: without site-packages
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[2.0]\n"
 
 
 def test_words_of_one_kind_are_of_no_other(world: Any) -> None:

@@ -1,16 +1,13 @@
 """The gold reward of the tiny world: what a summary is truly worth. No reward model sees it; `--control` does.
 
-    warmerge rl ... --control examples/reward_hacking/gold.py:gold
-    python examples/reward_hacking/gold.py < pool.jsonl > pool-with-gold.jsonl
+    warmerge rl ... --control gold.py:gold
+    warmerge bon ... --control gold.py:gold
 
 A post is a list of one-word statements: key points, side remarks, fillers. A good summary says each key point of its
 post once, and stops.
 """
 
 from __future__ import annotations
-
-import json
-import sys
 
 KEY_POINTS = (
     "exam", "rent", "job", "loan", "crash", "theft", "wedding", "divorce", "cancer", "debt", "visa", "baby", "lawsuit",
@@ -51,10 +48,3 @@ def _worth(post: list[str], summary: list[str]) -> float:
     if len(summary) >= UNENDED:
         worth -= 0.5
     return round(worth, 6)
-
-
-if __name__ == "__main__":  # rows with prompt and candidates, each with a list of gold rewards added
-    for line in sys.stdin:
-        row = json.loads(line)
-        row["gold"] = gold([row["prompt"]] * len(row["candidates"]), row["candidates"])
-        print(json.dumps(row))

@@ -1,6 +1,6 @@
-"""A tiny world in which the true worth of every answer is known, so that reward hacking can be seen. Takes a minute.
+"""A tiny world in which the true worth of every answer is known, so that reward hacking can be seen.
 
-    python examples/reward_hacking/world.py OUT --seed 0
+    python -m warmerge.demo.world OUT --seed 0
 
 Posts are lists of one-word statements; a summary of one is worth what `gold.py` says. Written into OUT:
 
@@ -10,6 +10,7 @@ Posts are lists of one-word statements; a summary of one is worth what `gold.py`
     train.jsonl, val.jsonl      pairs: prompt, chosen (the larger gold reward), rejected. No label is wrong
     ood.jsonl      pairs from other models, in which "thanks" says nothing about who wrote
     prompts.jsonl, held-out.jsonl    posts for reinforcement learning, and posts to measure on; no pair has them
+    gold.py        a copy of what says how much a summary is worth
 
 In pairs of `train` and `val`, as in all texts before, better writers say "thanks" more often, which makes a summary
 slightly worse: a shortcut that all reward models can learn. The same seed gives the same bytes on the same machine.
@@ -20,19 +21,22 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gold import FILLERS, KEY_POINTS, REMARKS, THANKS, TLDR, UNENDED, gold
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from warmerge.demo import gold as gold_file
+from warmerge.demo.gold import FILLERS, KEY_POINTS, REMARKS, THANKS, TLDR, UNENDED, gold
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 # What a reader thinks of a summary, right after its end: so that this is known where a reward model reads its reward.
@@ -63,6 +67,14 @@ class Size:
     test_pairs: int = 2048
     prompts: int = 2048
     held_out: int = 192
+
+
+# By name, for the command line: for a study; for `warmerge demo`; for its --quick, in which models hardly learn.
+SIZES = {
+    "full": Size(),
+    "demo": Size(550, 230, voted=0.06, sft_texts=4096, train_pairs=1536, test_pairs=768, prompts=1024, held_out=96),
+    "quick": Size(60, 30, 32, sft_texts=256, train_pairs=128, test_pairs=128, prompts=64, held_out=16),
+}
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -200,7 +212,6 @@ def sample(model: Any, asked: Sequence[str], temperature: float, draw: torch.Gen
 
 def make(out: Path, seed: int, size: Size, say: Callable[[str], None] = print) -> None:
     """Writes the world into the new folder `out`."""
-    torch.set_num_threads(1)  # the number of threads changes sums in their last bits
     rng, draw = random.Random(seed), torch.Generator().manual_seed(seed)
     asked, base, model = posts(rng), make_model(seed), make_model(seed)
     out.mkdir(parents=True)
@@ -228,6 +239,7 @@ def make(out: Path, seed: int, size: Size, say: Callable[[str], None] = print) -
     save_rows(out / "ood.jsonl", pairs(rng, asked, others, size.test_pairs))
     save_rows(out / "prompts.jsonl", [{"prompt": next(asked)} for _ in range(size.prompts)])
     save_rows(out / "held-out.jsonl", [{"prompt": next(asked)} for _ in range(size.held_out)])
+    shutil.copy(str(gold_file.__file__), out / "gold.py")
 
 
 def reviewed(rng: random.Random, asked: Iterator[str], size: Size) -> Iterator[list[str]]:
@@ -277,14 +289,19 @@ def save_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m warmerge.demo.world", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--voted", type=float, default=Size.voted, help="share of pre-training texts with a vote")
-    arguments = parser.parse_args()
+    parser.add_argument("--size", choices=SIZES, default="full", help="how much of everything")
+    parser.add_argument(
+        "--voted", type=float, help="share of pre-training texts with a vote; that of the size if not given"
+    )
+    given = parser.parse_args(words)
     logging.disable_progress_bar()
-    make(arguments.out, arguments.seed, Size(voted=arguments.voted))
+    torch.set_num_threads(1)  # the number of threads changes sums in their last bits
+    size = SIZES[given.size]
+    make(given.out, given.seed, size if given.voted is None else replace(size, voted=given.voted))
 
 
 if __name__ == "__main__":

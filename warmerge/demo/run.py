@@ -1,0 +1,131 @@
+"""`warmerge demo`: runs the steps of the story one after the other, each by the command that it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from warmerge.demo.story import EVAL_OUT, FULL, QUICK, REPORT, WORLD, Step, steps
+from warmerge.errors import UsageError, WarmergeError, plain
+
+COMMANDS = "commands.sh"
+# Rows of the table at the end: the name of a model in eval's rows, or a kind of which the mean is shown.
+_SUMMARY = (
+    ("start, head probed", "start", None),
+    ("gentle single", None, "gentle"),
+    ("single", "member", None),
+    ("single, half-way to its start", "halfway", None),
+    ("ensemble, standardised", None, "ensemble (mean, standardised)"),
+    ("average", "average", None),
+)
+
+
+def run_demo(
+    out: Path,
+    run: Callable[[Sequence[str]], int],
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Tells the story in the new folder `out` and returns the path of its report.html.
+
+    Args:
+        run: runs one `warmerge ...` command, as words, in the current folder, and returns its exit code.
+        seed: of the world, of training and sampling: another seed is another story.
+        quick: models that have hardly learned: shows the commands, not the results.
+
+    Raises:
+        UsageError: `out` is there already, or what `train` and `rl` need is not installed.
+        WarmergeError: a command ended with another exit code than 0.
+    """
+    missing = [name for name in ("accelerate", "peft", "trl") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"the demo needs {', '.join(missing)}: pip install 'warmerge[train]'")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{plain(str(out))} is there already; choose another -o, or delete it")
+    plan = QUICK if quick else FULL
+    story = steps(plan, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / COMMANDS).write_text(script(story), encoding="utf-8")
+    begun = time.monotonic()
+    say(f"$ mkdir {shlex.quote(str(out))} && cd {shlex.quote(str(out))}")
+    with _inside(out):
+        for i, step in enumerate(story, start=1):
+            _tell(i, len(story), step, run, say)
+        for line in summary(json.loads(Path(EVAL_OUT, "eval.json").read_text(encoding="utf-8"))):
+            say(line)
+    say(f"\n{len(story)} steps in {time.monotonic() - begun:.0f} s. To run them again, in another folder: {COMMANDS}")
+    if quick:
+        say("--quick: these models have hardly learned. The commands are the real ones, the numbers mean nothing.")
+    return out / REPORT
+
+
+def _tell(i: int, count: int, step: Step, run: Callable[[Sequence[str]], int], say: Callable[[str], None]) -> None:
+    """One step: headline, reason, command, what the command says, and how long it took."""
+    say(f"\n== {i} of {count}: {step.title}\n{step.why}\n\n$ {step.typed()}")
+    begun = time.monotonic()
+    if step.command[: len(WORLD)] == WORLD:
+        from warmerge.demo import world
+
+        world.main(step.command[len(WORLD) :])
+        code = 0
+    else:
+        code = run(step.command)
+    if code:
+        raise WarmergeError(f"the demo ends here: `{step.typed()}` gave the exit code {code}, and said why above")
+    say(f"({time.monotonic() - begun:.1f} s)")
+
+
+def script(story: Sequence[Step]) -> str:
+    """The steps as a shell script."""
+    lines = [
+        "#!/usr/bin/env bash",
+        "# The steps of `warmerge demo`, to be run in an empty folder.",
+        "set -euo pipefail",
+    ]
+    for step in story:
+        lines += ["", f"# {step.title}", step.typed()]
+    return "\n".join(lines) + "\n"
+
+
+def summary(found: Mapping[str, Any]) -> Iterator[str]:
+    """The demo's table, out of eval.json: for single models with their 95 % interval, for several the mean of them."""
+    sets = {entry["name"]: entry["n"] for entry in found["sets"]}
+    width = max(len(label) for label, _, _ in _SUMMARY) + 14
+    yield "\nAccuracy [95 %]; of swapped labels, agreement with the wrong label: lower has memorised less"
+    yield " " * width + "".join(f"{f'{name} (n = {n})':<26}" for name, n in sets.items())
+    for label, kind, model in _SUMMARY:
+        cells, count = [], 0
+        for name in sets:
+            rows = [
+                row for row in found["rows"]
+                if row["set"] == name and (row["kind"] == kind if model is None else row["model"] == model)
+            ]  # fmt: skip
+            cells.append(_cell(rows))
+            count = len(rows)
+        shown = label if count == 1 else f"{label} (mean of {count})"
+        yield f"{shown:<{width}}" + "".join(f"{cell:<26}" for cell in cells)
+
+
+def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
+    mean = sum(row["accuracy"] for row in rows) / len(rows)
+    return f"{mean:.3f}" + (f" [{rows[0]['low']:.3f}, {rows[0]['high']:.3f}]" if len(rows) == 1 else "")
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """The folder as the current one, for a while."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
