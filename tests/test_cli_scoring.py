@@ -68,6 +68,17 @@ def test_lmc_curve_and_plot_in_processes_of_their_own(models: Path) -> None:
 # --- eval ---
 
 
+def test_threads_are_those_of_scoring_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    done = here("eval", models / "a", "--data", models / "val.jsonl", "--threads", "3", *QUICK)
+    assert (done.code, set_to[0]) == (0, 3)
+    done = here("eval", models / "a", "--data", models / "val.jsonl", "--threads", "0", *QUICK)
+    assert (done.code, done.err) == (2, "warmerge: --threads: expected 1 or more, found 0\n")
+
+
 def test_eval_json_is_one_object(models: Path) -> None:
     done = here("eval", models / "a", models / "b", "--data", f"v={models / 'val.jsonl'}", "--json", *QUICK)
     found = json.loads(done.out, parse_constant=pytest.fail)

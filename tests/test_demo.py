@@ -16,28 +16,29 @@ from typer.testing import CliRunner
 from warmerge.cli import app
 from warmerge.demo import run as demo_run
 from warmerge.demo.run import run_demo, script, summary
-from warmerge.demo.story import FULL, QUICK, WORLD, Plan, steps
+from warmerge.demo.story import FULL, QUICK, WORLD, Plan, Step, steps
 from warmerge.errors import UsageError, WarmergeError
 
 
 @pytest.mark.parametrize("plan", [FULL, QUICK])
 def test_every_command_is_one_that_a_user_can_type(plan: Plan) -> None:
     group: Any = typer.main.get_command(app)
-    for step in steps(plan, seed=3):
-        if step.command[:3] == WORLD:
+    for command in (command for step in steps(plan, seed=3) for command in step.commands):
+        if command[:3] == WORLD:
             continue
-        program, name, *words = step.command
+        program, name, *words = command
         assert program == "warmerge"
         group.commands[name].make_context(name, list(words))  # raises where an option is not known
 
 
 def test_later_steps_read_what_earlier_ones_write() -> None:
     story = steps(FULL, 0)
-    written = {"world"} | {step.command[step.command.index("-o") + 1] for step in story if "-o" in step.command}
+    commands = [command for step in story for command in step.commands]
+    written = {"world"} | {command[command.index("-o") + 1] for command in commands if "-o" in command}
     read = {
         word.rpartition("=")[2].split("/")[0]
-        for step in story
-        for joined in step.command[2:]
+        for command in commands
+        for joined in command[2:]
         for word in joined.split(",")
         if "/" in word
     }
@@ -45,16 +46,15 @@ def test_later_steps_read_what_earlier_ones_write() -> None:
 
 
 def test_another_seed_reaches_every_command_that_draws() -> None:
-    one, other = steps(FULL, 0), steps(FULL, 7)
-    changed = [a.command[1] for a, b in zip(one, other, strict=True) if a.command != b.command]
-    assert changed == ["-m", "train", "train", "bon", "rl", "rl", "report"]
+    one, other = ([command for step in steps(FULL, seed) for command in step.commands] for seed in (0, 7))
+    changed = [a[1] for a, b in zip(one, other, strict=True) if a != b]
+    assert changed == ["-m", "train", "rl", "rl", "train", "bon", "report"]
 
 
 def test_the_script_is_the_story(tmp_path: Path) -> None:
     text = script(steps(FULL, 0))
-    assert [line for line in text.splitlines() if line.startswith(("warmerge", "python"))] == [
-        step.typed() for step in steps(FULL, 0)
-    ]
+    shown = [line for line in text.splitlines()[3:] if line and not line.startswith("#")]
+    assert shown == [step.typed() for step in steps(FULL, 0)]
     (tmp_path / "commands.sh").write_text(text)
     subprocess.run(["bash", "-n", str(tmp_path / "commands.sh")], check=True)
 
@@ -75,7 +75,8 @@ def test_it_runs_and_leaves_a_project(quick: tuple[Path, str, float]) -> None:
         assert f"\n$ {step.typed()}\n" in said
     assert said.splitlines()[-1] == f"{out}/report.html"
     expected = {
-        "commands.sh", "world", "members", "gentle", "warm", "lmc", "eval", "bon", "rl", "rl-report", "report.html",
+        "commands.sh", "policies.txt", "world", "members", "gentle", "warm", "lmc", "eval", "bon", "rl", "rl-report",
+        "report.html",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     assert json.loads((out / "eval" / "eval.json").read_text())["command"][:2] == ["warmerge", "eval"]
@@ -137,10 +138,34 @@ def test_a_command_that_fails_ends_it(tmp_path: Path, monkeypatch: pytest.Monkey
     before = Path.cwd()
     said: list[str] = []
     monkeypatch.setattr("warmerge.demo.world.main", lambda words: None)
-    with pytest.raises(WarmergeError, match=r"^the demo ends here: `warmerge train .*` gave the exit code 3, and said"):
+    with pytest.raises(WarmergeError, match=r"^the demo ends here: `warmerge train .*` gave the exit code 3$"):
         run_demo(tmp_path / "demo", lambda words: 3, quick=True, say=said.append)
     assert Path.cwd() == before
-    assert said[-1].count("== 2 of 12") == 1
+    assert said[-1].startswith("\n== 2 of 12")
+
+
+def test_what_runs_beside_is_waited_for_shown_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    with demo_run._beside() as follow:
+        started = Step("", "", (("warmerge", "--version"), ("warmerge", "no-such-command")), "log.txt")
+        assert follow(started, said.append) == 0
+        assert not said
+        assert follow(Step("", "", log="log.txt"), said.append) == 2
+    assert said[0].startswith("0.")
+    assert "No such command 'no-such-command'" in said[0]
+
+
+def test_what_runs_beside_ends_with_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nsleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(sleeper))
+    begun = time.monotonic()
+    with demo_run._beside() as follow:
+        follow(Step("", "", (("warmerge", "rl"),), "log.txt"), print)
+    assert time.monotonic() - begun < 30
 
 
 def test_the_table_by_hand() -> None:

@@ -313,10 +313,14 @@ def measuring_of(
     threads: int | None,
     progress: tuple[Callable[[int], None], Callable[[int], None]],
 ) -> Measuring:
-    """How models are measured, as the arguments say."""
+    """How models are measured, as the arguments say. `threads` are those of the whole process from here on."""
+    import torch
+
     from warmerge.rewards.bench import Measuring
 
     batch_tokens = _positive("--batch-tokens", batch_tokens)
+    if (threads := _positive("--threads", threads)) is not None:
+        torch.set_num_threads(threads)
     return Measuring(loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, *progress)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,9 +61,14 @@ def run_demo(
     (out / COMMANDS).write_text(script(story), encoding="utf-8")
     begun = time.monotonic()
     say(f"$ mkdir {shlex.quote(str(out))} && cd {shlex.quote(str(out))}")
-    with _inside(out):
+    with _inside(out), _beside() as aside:
         for i, step in enumerate(story, start=1):
-            _tell(i, len(story), step, run, say)
+            say(f"\n== {i} of {len(story)}: {step.title}\n{step.why}\n\n$ {step.typed()}")
+            since = time.monotonic()
+            code = aside(step, say) if step.log else next(filter(None, map(partial(_here, run), step.commands)), 0)
+            if code:
+                raise WarmergeError(f"the demo ends here: `{step.typed()}` gave the exit code {code}")
+            say(f"({time.monotonic() - since:.1f} s)")
         for line in summary(json.loads(Path(EVAL_OUT, "eval.json").read_text(encoding="utf-8"))):
             say(line)
     say(f"\n{len(story)} steps in {time.monotonic() - begun:.0f} s. To run them again, in another folder: {COMMANDS}")
@@ -68,20 +77,40 @@ def run_demo(
     return out / REPORT
 
 
-def _tell(i: int, count: int, step: Step, run: Callable[[Sequence[str]], int], say: Callable[[str], None]) -> None:
-    """One step: headline, reason, command, what the command says, and how long it took."""
-    say(f"\n== {i} of {count}: {step.title}\n{step.why}\n\n$ {step.typed()}")
-    begun = time.monotonic()
-    if step.command[: len(WORLD)] == WORLD:
-        from warmerge.demo import world
+def _here(run: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
+    """Runs a command in this process, and returns its exit code."""
+    if command[: len(WORLD)] != WORLD:
+        return run(command)
+    from warmerge.demo import world
 
-        world.main(step.command[len(WORLD) :])
-        code = 0
-    else:
-        code = run(step.command)
-    if code:
-        raise WarmergeError(f"the demo ends here: `{step.typed()}` gave the exit code {code}, and said why above")
-    say(f"({time.monotonic() - begun:.1f} s)")
+    world.main(command[len(WORLD) :])
+    return 0
+
+
+@contextmanager
+def _beside() -> Iterator[Callable[[Step, Callable[[str], None]], int]]:
+    """Begins a step with a log in a process of its own; a step of a log alone waits for it, and shows what it said."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def follow(step: Step, say: Callable[[str], None]) -> int:
+        if step.commands:
+            program = shlex.join([sys.executable, "-m", "warmerge"])
+            typed = " && ".join(f"{program} {shlex.join(command[1:])}" for command in step.commands)
+            with Path(step.log).open("wb") as log:
+                # In a session of its own: what it starts can be ended with it.
+                begun.append(subprocess.Popen(["sh", "-c", typed], stdout=log, stderr=log, start_new_session=True))
+            return 0
+        code = begun[-1].wait()
+        say(Path(step.log).read_text(encoding="utf-8"))
+        return code
+
+    try:
+        yield follow
+    finally:
+        for process in begun:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
 
 
 def script(story: Sequence[Step]) -> str:
