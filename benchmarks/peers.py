@@ -35,6 +35,7 @@ import tiny_models
 Tensors = dict[str, torch.Tensor]
 HEAD, UP = "score.weight", "model.layers.1.mlp.up_proj.weight"
 SECOND = ["member-2", "in model 1"]  # what a message may call the second member
+WARNING = re.compile(r"(?i)warn|missing|mismatch|finite|extra keys")
 TOLERANCE = 1e-5  # of the largest element of a tensor, in float32; the last case allows none
 
 # One script for each peer: `job` has members, out, save (arguments of save_pretrained), dtype, misspelt.
@@ -233,7 +234,7 @@ def cases(work: Path) -> list[Case]:
     made.append(Case("a truncated member", cut, mean(two), True, SECOND))
 
     none = {"plain script": "has no options"}
-    made.append(Case("a misspelt option", sound, mean(two), True, ["wieght", "alhpa", "normalise", "lamda"], none,
+    made.append(Case("a misspelt option", sound, mean(two), True, ["wieght", "alhpa", "normali", "lamda"], none,
                      misspelt=True))  # fmt: skip
 
     third = write(work / "stale" / "member-3", model(3))
@@ -280,14 +281,23 @@ def command(peer: str, python: str, case: Case, members: Sequence[Path], out: Pa
 
 
 def run(arguments: list[str], log: Path, hash_seed: int = 0) -> tuple[int, str]:
-    """Exit code and what was printed, without the source lines of a traceback."""
+    """Exit code and everything that was printed."""
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(hash_seed), "COLUMNS": "1000"}
     done = subprocess.run(
         arguments, capture_output=True, text=True, env=os.environ | offline, check=False, cwd=log.parent, timeout=300
     )
     said = done.stdout + done.stderr
     log.write_text(f"$ {' '.join(arguments)}\n{said}\nexit code {done.returncode}\n")
-    return done.returncode, "\n".join(line for line in said.splitlines() if not line.startswith("  "))
+    return done.returncode, said
+
+
+def told(code: int, said: str) -> list[str]:
+    """The lines that complain: warnings, loading reports, an error, the end of a traceback without its source lines."""
+    before, traceback, after = said.rpartition("Traceback (most recent call last)")
+    if traceback:
+        rest = [line for line in after.splitlines() if line.strip() and not line.startswith("  ")]
+        return [line for line in before.splitlines() if WARNING.search(line)] + rest
+    return [line for line in said.splitlines() if line.strip() and (code or WARNING.search(line))]
 
 
 def read(out: Path, base: Path | None, index_first: bool) -> Tensors:
@@ -368,9 +378,10 @@ def cell(peer: str, python: str | None, case: Case, out: Path) -> tuple[str, str
                 run(command(peer, python, case, case.earlier, out, sharded_before), log.with_suffix(".earlier.log"))
             arguments = command(peer, python, case, case.members, out, sharded_before is False)
             code, said = run(arguments, log, seed)
+            complaint = told(code, said)
+            named = any(word in line for word in case.culprits for line in complaint)
             if code:
-                named = [word for word in case.culprits if word in said]
-                last = [line for line in said.strip().splitlines() if line.strip(" │╭╰─╯")][-1].strip(" │")
+                last = next((line.strip(" │") for line in reversed(complaint) if line.strip(" │╭╰─╯")), "")
                 return ("refused, named" if named else "refused"), f"exit code {code}: {last[:160]}"
             try:
                 for index_first in (False, True) if case.earlier else (False,):
@@ -382,11 +393,10 @@ def cell(peer: str, python: str | None, case: Case, out: Path) -> tuple[str, str
                 notes.append(f"cannot be read: {type(error).__name__}: {error}"[:160])
             notes += loads(out)
             if len(case.hash_seeds) > 1:
-                notes.append(f"{small_files(out, case)} (hash seed {seed})")
+                notes.append(small_files(out, case) + (f" (hash seed {seed})" if peer == "mergekit" else ""))
     notes = list(dict.fromkeys(notes))
-    warned = [word for word in case.culprits if word in said]
     if case.refuse:
-        notes = ["written as if nothing were wrong", *notes] + (["a message names it"] if warned else [])
+        notes = ["written as if nothing were wrong", *notes] + (["a warning names it"] if named else [])
     return ("WRONG", "; ".join(notes)) if notes else ("right", "")
 
 

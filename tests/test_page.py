@@ -278,6 +278,16 @@ def test_columns_know_what_they_are_sorted_by() -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_members_that_were_not_measured_are_not_ranked_and_have_no_intervals() -> None:
+    ranked = made(("runs", "training", training())).words()
+    assert "The members, best first" in ranked
+    assert "Intervals" in ranked
+    words = made(("runs", "training", {**training(), "accuracies": []})).words()
+    assert "best first" not in words
+    assert "Intervals" not in words
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_member_that_failed_and_the_start_are_in_the_table() -> None:
     content = training()
     content["members"][1] |= {"failed": "the loss is not finite"}

@@ -85,7 +85,7 @@ def _models(plan: Plan, seed: int) -> list[Step]:
             "learning rate, dropout and data order. Epochs enough to learn wrong labels by heart.",
             ((
                 "warmerge", "train", *starts, *_noisy(seed), "--runs", str(plan.runs), "--epochs", str(plan.epochs),
-                "--lr", "6e-4,1.2e-3,2.4e-3", "--dropout", "0,0.1", "--seed", str(seed), *_SMALL, "-o", "members",
+                "--lr", "7.5e-4,1.5e-3,3e-3", "--dropout", "0,0.1", "--seed", str(seed), *_SMALL, "-o", "members",
             ),),
         ),
     ]  # fmt: skip

@@ -72,7 +72,7 @@ class Size:
 # By name, for the command line: for a study; for `warmerge demo`; for its --quick, in which models hardly learn.
 SIZES = {
     "full": Size(),
-    "demo": Size(520, 220, 48, voted=0.08, sft_texts=4096, train_pairs=1536, test_pairs=640, prompts=1024, held_out=96),
+    "demo": Size(520, 220, 48, voted=0.08, sft_texts=4096, train_pairs=1536, test_pairs=768, prompts=1024, held_out=96),
     "quick": Size(60, 30, 32, sft_texts=256, train_pairs=128, test_pairs=128, prompts=64, held_out=16),
 }
 

@@ -59,7 +59,7 @@ def _training(content: Content) -> list[Table]:
         marked = frozenset({len(rows)})
         rows.append((Cell("start"), *[Cell("")] * 5, *(share(by.get(("start", at), {})) for at in sets)))
     below = "Loss and training pairs right are means of the last steps of the training, on its own labels: no interval."
-    return [Table("The members, best first", tuple(head), tuple(rows), marked, below)]
+    return [Table("The members, best first" if sets else "The members", tuple(head), tuple(rows), marked, below)]
 
 
 def _eval(content: Content) -> list[Table]:

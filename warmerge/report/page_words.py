@@ -25,7 +25,7 @@ ABOUT = {
         "Training",
         "Several reward models were fine-tuned on the same pairs from one start with one shared head; they differ in "
         "learning rate, dropout and the order of the data.",
-        ("Loss and accuracy of each member by training step, and its accuracy on pairs that it was not trained on",),
+        ("Loss and accuracy of each member by training step; where pairs were set aside, its accuracy on these too",),
         "train",
     ),
     EVAL: About(
@@ -93,6 +93,8 @@ def facts(kind: str, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     judge = content.get("judge")
     if isinstance(judge, Mapping) and judge.get("label"):
         found.append(("Judge", str(judge["label"])))
+    if kind == TRAINING and not content.get("accuracies"):
+        return found
     if kind == RL:
         runs = content.get("runs") or []
         controls = dict.fromkeys(str(run.get("control")) for run in runs)
