@@ -81,7 +81,7 @@ pool.save_model(merged, job["out"], save_tokenizer=True, **job["save"])
 """,
 }
 PEERS = ["mergekit", "CrossEncoder.merge", "sd-mecha", "fusion_bench", "plain script", "warmerge"]
-PACKAGES = "mergekit sentence-transformers sd-mecha fusion-bench transformers peft torch safetensors"
+PACKAGES = "warmerge mergekit sentence-transformers sd-mecha fusion-bench transformers peft torch safetensors"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def cases(work: Path) -> list[Case]:
     base = write(work / "lora" / "base", language, causal=True, id2label=None, label2id=None)
     adapters = [adapter(work / "lora" / f"member-{i}", base, i) for i in (1, 2)]
     made.append(Case("LoRA reward adapters on a causal LM", [a for a, _ in adapters],
-                     mean([full for _, full in adapters]), base=base))  # fmt: skip
+                     mean([full for _, full in adapters]), culprits=["member-1"], base=base))  # fmt: skip
 
     other = pair("other", rms_norm_eps=0.01, pad_token_id=7)
     (other[1] / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
@@ -407,7 +407,7 @@ def versions(python: str) -> str:
         " try: print(p, m.version(p), end=', ')\n except m.PackageNotFoundError: pass\n"
         "print('Python', sys.version.split()[0], end='')"
     )
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
 
 
 def main() -> None:

@@ -129,3 +129,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     return waited
+
+
+@pytest.fixture(scope="session")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The project that `warmerge demo --quick` leaves, and what it said. It is shared: copy it to change something."""
+    from typer.testing import CliRunner
+
+    from warmerge.cli import app
+
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    found = CliRunner().invoke(app, ["demo", "--quick", "-o", str(out)])
+    assert found.exit_code == 0, found.output
+    return out, found.output

@@ -203,11 +203,6 @@ _PROXIES = ("warm", "single-1", "single-2", "single-3", "ensemble", "true")
 _MEMBERS = [f"members/{i:02d}" for i in range(1, 7)]
 _FEW = ("--resamples", "100")
 _PAIRS = {"pairs.jsonl": 48, "train.jsonl": 48, "select.jsonl": 16, "val.jsonl": 20, "test.jsonl": 20, "ood.jsonl": 20}
-_TRAINED = [f"demo/members/{member}" for member in _MEMBERS]
-_TRAIN = (
-    "train", "--data", "demo/world/train.jsonl", "--steps", "1", "--batch", "8", "--engine", "inline", "--threads", "1",
-)  # fmt: skip
-_INITS = ("--init", "demo/world/sft-168", "--init", "demo/world/sft-208", "--init", "demo/world/sft")
 
 NAMES: dict[str, Build] = {
     # Encoders, and what is wrong with some of them.
@@ -247,15 +242,4 @@ NAMES: dict[str, Build] = {
     "lmc": result_of("lmc-curve", "rm-0", "rm-2", "--data", "val=val.jsonl", "--points", "3", *_FEW),
     **{f"seed-{seed}/rl": rl_runs(*_PROXIES, seed=seed) for seed in range(3)},
     **{f"seed-{seed}/wins/winrate.json": text(json.dumps(policy_runs.wins())) for seed in range(3)},
-    # The project that `warmerge demo` makes, by its own commands where they are quick.
-    "demo/world": same_as("world"),
-    "demo/members": result_of(*_TRAIN, "--corrupt", "0.25", "--runs", "6", *_INITS),
-    "demo/gentle": result_of(*_TRAIN, "--base", "demo/members/init-3", "--no-probe", "--runs", "1"),
-    "demo/warm": average_of(*_TRAINED),
-    "demo/lmc": result_of("lmc-curve", *_TRAINED[:2], "--data", "val=demo/world/val.jsonl", "--points", "3", *_FEW),
-    "demo/eval": result_of("eval", *_TRAINED[:2], "--data", "val=demo/world/val.jsonl", *_FEW),
-    "demo/bon": result_of("bon", "--pool", "pool_ood.jsonl.gz", "--warm", ",".join(_TRAINED[:2]), *_FEW),
-    "demo/rl": rl_runs("single", "average"),
-    "demo/rl-report": result_of("rl-report", "demo/rl"),
-    "demo/report.html": text("<html></html>"),
 }

@@ -59,18 +59,8 @@ def test_the_script_is_the_story(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(tmp_path / "commands.sh")], check=True)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
-    """The quick demo's folder, what it said, and how long it took."""
-    out = tmp_path_factory.mktemp("demo") / "demo"
-    begun = time.monotonic()
-    found = CliRunner().invoke(app, ["demo", "--quick", "-o", str(out)])
-    assert found.exit_code == 0, found.output
-    return out, found.output, time.monotonic() - begun
-
-
-def test_it_runs_and_leaves_a_project(quick: tuple[Path, str, float]) -> None:
-    out, said, _ = quick
+def test_it_runs_and_leaves_a_project(quick_demo: tuple[Path, str]) -> None:
+    out, said = quick_demo
     for step in steps(QUICK, 0):
         assert f"\n$ {step.typed()}\n" in said
     assert said.splitlines()[-1] == f"{out}/report.html"
@@ -83,8 +73,8 @@ def test_it_runs_and_leaves_a_project(quick: tuple[Path, str, float]) -> None:
     assert "the numbers mean nothing" in said
 
 
-def test_its_table_shows_controls_beside_the_average(quick: tuple[Path, str, float]) -> None:
-    out, said, _ = quick
+def test_its_table_shows_controls_beside_the_average(quick_demo: tuple[Path, str]) -> None:
+    out, said = quick_demo
     rows = json.loads((out / "eval" / "eval.json").read_text())["rows"]
     table = said[said.index("Accuracy [95 %]; of swapped labels") :].splitlines()
     assert [name in table[1] for name in ("val (n = 128)", "ood", "train[swapped] (n = 32)", "train[clean] (n = 96)")]
@@ -96,16 +86,16 @@ def test_its_table_shows_controls_beside_the_average(quick: tuple[Path, str, flo
     assert line.split()[4] == f"{sum(singles) / 2:.3f}"
 
 
-def test_the_project_can_be_gone_on_with(quick: tuple[Path, str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    out, _, _ = quick
+def test_the_project_can_be_gone_on_with(quick_demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = quick_demo
     monkeypatch.chdir(out)
     found = CliRunner().invoke(app, ["inspect", "warm", "members/members/01"])
     assert found.exit_code == 0, found.output
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights(quick: tuple[Path, str, float], tmp_path: Path) -> None:
-    out, _, _ = quick
+def test_the_same_seed_gives_the_same_weights(quick_demo: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = quick_demo
     again = tmp_path / "again"
     assert CliRunner().invoke(app, ["demo", "--quick", "-o", str(again)]).exit_code == 0
     for part in ("warm", "world/sft", "rl/average/step-4"):

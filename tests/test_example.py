@@ -1,4 +1,4 @@
-"""README's first command, without its installation."""
+"""examples/average_two.py as a user runs it."""
 
 from __future__ import annotations
 
