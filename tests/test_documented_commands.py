@@ -64,7 +64,6 @@ MORE = {
 NOT_RUN = {
     "python3 -m venv": ".ci/run runs README's two installations, and what they install",
     "pip install": ".ci/run installs the package; extras are installed in the environment that runs this",
-    "examples/reward_hacking/": "takes hours",
     "warmerge demo": "takes minutes; it has tests of its own, and what it leaves is in the folder",
 }
 REFUSED = re.compile(r"warmerge: refused(?:, \d+ findings)?: ?")
