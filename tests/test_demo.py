@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from warmerge.cli import app
+from warmerge.cli.demonstrating import program
 from warmerge.demo import run as demo_run
 from warmerge.demo.run import run_demo, script, summary
 from warmerge.demo.story import FULL, QUICK, WORLD, Plan, Step, steps
@@ -53,7 +54,7 @@ def test_another_seed_reaches_every_command_that_draws() -> None:
 
 def test_the_script_is_the_story(tmp_path: Path) -> None:
     text = script(steps(FULL, 0))
-    shown = [line for line in text.splitlines()[3:] if line and not line.startswith("#")]
+    shown = [line for line in text.splitlines()[4:] if line and not line.startswith("#")]
     assert shown == [step.typed() for step in steps(FULL, 0)]
     (tmp_path / "commands.sh").write_text(text)
     subprocess.run(["bash", "-n", str(tmp_path / "commands.sh")], check=True)
@@ -113,14 +114,14 @@ def _never(words: Sequence[str]) -> int:
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"is there already; choose another -o, or delete it$"):
-        run_demo(tmp_path, _never, quick=True)
+        run_demo(tmp_path, _never, program, quick=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_run, "find_spec", lambda name: None if name in ("peft", "trl") else name)
     with pytest.raises(UsageError, match=r"^the demo needs peft, trl: pip install 'warmerge\[train\]'$"):
-        run_demo(tmp_path / "demo", _never)
+        run_demo(tmp_path / "demo", _never, program)
     assert not (tmp_path / "demo").exists()
 
 
@@ -128,32 +129,29 @@ def test_a_command_that_fails_ends_it(tmp_path: Path, monkeypatch: pytest.Monkey
     before = Path.cwd()
     said: list[str] = []
     monkeypatch.setattr("warmerge.demo.world.main", lambda words: None)
-    with pytest.raises(WarmergeError, match=r"^the demo ends here: `warmerge train .*` gave the exit code 3$"):
-        run_demo(tmp_path / "demo", lambda words: 3, quick=True, say=said.append)
+    with pytest.raises(WarmergeError, match=r"^the demo ends here: step 2, '2 .* wrong', gave the exit code 3$"):
+        run_demo(tmp_path / "demo", lambda words: 3, program, quick=True, say=said.append)
     assert Path.cwd() == before
     assert said[-1].startswith("\n== 2 of 12")
 
 
-def test_what_runs_beside_is_waited_for_shown_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_beside_is_waited_for_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
-    with demo_run._beside() as follow:
-        started = Step("", "", (("warmerge", "--version"), ("warmerge", "no-such-command")), "log.txt")
-        assert follow(started, said.append) == 0
+    commands = (("warmerge", "rules"), ("warmerge", "plot", "nowhere"), ("warmerge", "theory"))
+    with demo_run._beside(program) as follow:
+        assert follow(Step("", "", commands, "log.txt"), said.append) == 0
         assert not said
         assert follow(Step("", "", log="log.txt"), said.append) == 2
-    assert said[0].startswith("0.")
-    assert "No such command 'no-such-command'" in said[0]
+    assert "slerp" in said[0]
+    assert "nowhere: no results to draw" in said[0]
+    assert "simulated" not in said[0]
 
 
 def test_what_runs_beside_ends_with_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sleeper = tmp_path / "sleeper"
-    sleeper.write_text("#!/bin/sh\nsleep 60\n")
-    sleeper.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(sleeper))
     begun = time.monotonic()
-    with demo_run._beside() as follow:
+    with demo_run._beside(lambda commands: ["sh", "-c", "sleep 60 & sleep 60"]) as follow:
         follow(Step("", "", (("warmerge", "rl"),), "log.txt"), print)
     assert time.monotonic() - begun < 30
 

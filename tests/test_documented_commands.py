@@ -37,9 +37,6 @@ from typer.testing import CliRunner
 
 from warmerge import cli
 from warmerge.cli import publishing
-from warmerge.errors import WarmergeError
-from warmerge.pipeline import train as training
-from warmerge.pipeline.engine import Outcome, Unit
 
 # Where a command asks for more than this, it gets this.
 SMALL = {
@@ -156,7 +153,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, quick_demo: tuple[Path, str])
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of it, with a Hub on 127.0.0.1 that has its members as me/rm-1 to me/rm-3."""
     pytest.importorskip("trl")
-    monkeypatch.setattr(training, "run_units", run_here)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))  # --offline sets it: put back
     with LoopbackHub({}) as hub:
@@ -165,20 +161,6 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         for i in range(3):
             hub.put(f"me/rm-{i + 1}", made / f"rm-{i}")
         yield Path(shutil.copytree(made, tmp_path / "work"))
-
-
-def run_here(units: Sequence[Unit], **_: Any) -> list[Outcome]:
-    """As an engine trains members, in this process."""
-    from warmerge.training.unit import run_member
-
-    found = []
-    for unit in units:
-        try:
-            run_member(unit.folder, lambda: False)
-            found.append(Outcome(unit, "done", ""))
-        except WarmergeError as error:
-            found.append(Outcome(unit, "failed", str(error)))
-    return found
 
 
 def shrunk(arguments: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ def demo(
         "warmerge-demo"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="In half a minute: the same commands, on models that hardly learn.")
+        bool,
+        typer.Option(
+            "--quick", help="The same commands in half a minute, on models that hardly learn: the numbers mean nothing."
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Another seed is another world, and other numbers.")] = 0,
     debug: Debug = False,
@@ -34,11 +38,11 @@ def demo(
     with errors(debug):
         from warmerge.demo.run import run_demo
 
-        report = run_demo(out, _run, seed=seed, quick=quick, say=typer.echo)
+        report = run_demo(out, run, program, seed=seed, quick=quick, say=typer.echo)
         typer.echo(plain(str(report)))
 
 
-def _run(words: Sequence[str]) -> int:
+def run(words: Sequence[str]) -> int:
     """Runs `warmerge ...` in this process, where all libraries are loaded already, and returns its exit code."""
     from warmerge.cli import app
 
@@ -48,3 +52,12 @@ def _run(words: Sequence[str]) -> int:
         return app(list(words[1:]), standalone_mode=False) or 0
     finally:
         sys.argv = before
+
+
+def program(commands: Sequence[Sequence[str]]) -> list[str]:
+    """What starts a process that runs these commands, up to the first that fails."""
+    code = (
+        f"from {__name__} import run; import json, sys; "
+        "sys.exit(next(filter(None, map(run, json.loads(sys.argv[1]))), 0))"
+    )
+    return [sys.executable, "-c", code, json.dumps(commands)]

@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.demo.story import EVAL_OUT, FULL, QUICK, REPORT, WORLD, Step, steps
-from warmerge.errors import UsageError, WarmergeError, plain
+from warmerge.errors import Interrupted, UsageError, WarmergeError, plain
 
 COMMANDS = "commands.sh"
+_SEEDS = 2**31  # each of the libraries takes these, and a few more for the members
 # Rows of the table at the end: the name of a model in eval's rows, or a kind of which the mean is shown.
 _SUMMARY = (
     ("start, head probed", "start", None),
@@ -34,6 +35,7 @@ _SUMMARY = (
 def run_demo(
     out: Path,
     run: Callable[[Sequence[str]], int],
+    program: Callable[[Sequence[Sequence[str]]], list[str]],
     *,
     seed: int = 0,
     quick: bool = False,
@@ -43,16 +45,20 @@ def run_demo(
 
     Args:
         run: runs one `warmerge ...` command, as words, in the current folder, and returns its exit code.
+        program: what starts a process that runs several of them, one after the other.
         seed: of the world, of training and sampling: another seed is another story.
         quick: models that have hardly learned: shows the commands, not the results.
 
     Raises:
-        UsageError: `out` is there already, or what `train` and `rl` need is not installed.
+        UsageError: `out` is there already, a seed that is none, or what `train` and `rl` need is not installed.
         WarmergeError: a command ended with another exit code than 0.
+        Interrupted: Ctrl-C, the process was told to end, or its terminal was closed; nothing goes on beside.
     """
     missing = [name for name in ("accelerate", "peft", "trl") if find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo needs {', '.join(missing)}: pip install 'warmerge[train]'")
+    if not 0 <= seed < _SEEDS:
+        raise UsageError(f"--seed: expected 0 to {_SEEDS - 1}, found {seed}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{plain(str(out))} is there already; choose another -o, or delete it")
     plan = QUICK if quick else FULL
@@ -60,14 +66,17 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     (out / COMMANDS).write_text(script(story), encoding="utf-8")
     begun = time.monotonic()
-    say(f"$ mkdir {shlex.quote(str(out))} && cd {shlex.quote(str(out))}")
-    with _inside(out), _beside() as aside:
+    folder = shlex.quote(str(out) if not str(out).startswith("-") else f"./{out}")
+    say(f"$ mkdir -p {folder} && cd {folder}")
+    with _inside(out), _beside(program) as aside:
         for i, step in enumerate(story, start=1):
             say(f"\n== {i} of {len(story)}: {step.title}\n{step.why}\n\n$ {step.typed()}")
             since = time.monotonic()
             code = aside(step, say) if step.log else next(filter(None, map(partial(_here, run), step.commands)), 0)
+            if code == Interrupted.exit_code:
+                raise Interrupted(f"the demo was stopped in step {i}; delete {plain(str(out))} to begin again")
             if code:
-                raise WarmergeError(f"the demo ends here: `{step.typed()}` gave the exit code {code}")
+                raise WarmergeError(f"the demo ends here: step {i}, {step.title!r}, gave the exit code {code}")
             say(f"({time.monotonic() - since:.1f} s)")
         for line in summary(json.loads(Path(EVAL_OUT, "eval.json").read_text(encoding="utf-8"))):
             say(line)
@@ -88,22 +97,32 @@ def _here(run: Callable[[Sequence[str]], int], command: Sequence[str]) -> int:
 
 
 @contextmanager
-def _beside() -> Iterator[Callable[[Step, Callable[[str], None]], int]]:
-    """Begins a step with a log in a process of its own; a step of a log alone waits for it, and shows what it said."""
+def _beside(
+    program: Callable[[Sequence[Sequence[str]]], list[str]],
+) -> Iterator[Callable[[Step, Callable[[str], None]], int]]:
+    """Begins a step with a log in a process of its own; a step of a log alone waits for it, and shows what it said.
+
+    The process ends with this one, also where that is told to end, or its terminal is closed.
+    """
     begun: list[subprocess.Popen[bytes]] = []
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
     def follow(step: Step, say: Callable[[str], None]) -> int:
         if step.commands:
-            program = shlex.join([sys.executable, "-m", "warmerge"])
-            typed = " && ".join(f"{program} {shlex.join(command[1:])}" for command in step.commands)
             with Path(step.log).open("wb") as log:
-                # In a session of its own: what it starts can be ended with it.
-                begun.append(subprocess.Popen(["sh", "-c", typed], stdout=log, stderr=log, start_new_session=True))
+                # In a session of its own, so that what it starts can be ended with it.
+                started = subprocess.Popen(program(step.commands), stdout=log, stderr=log, start_new_session=True)
+            begun.append(started)
             return 0
         code = begun[-1].wait()
         say(Path(step.log).read_text(encoding="utf-8"))
         return code
 
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # which alone can be told
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield follow
     finally:
@@ -111,6 +130,8 @@ def _beside() -> Iterator[Callable[[Step, Callable[[str], None]], int]]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def script(story: Sequence[Step]) -> str:
@@ -119,6 +140,7 @@ def script(story: Sequence[Step]) -> str:
         "#!/usr/bin/env bash",
         "# The steps of `warmerge demo`, to be run in an empty folder.",
         "set -euo pipefail",
+        "command -v python warmerge > /dev/null || { echo 'activate the environment that has warmerge' >&2; exit 1; }",
     ]
     for step in story:
         lines += ["", f"# {step.title}", step.typed()]

@@ -61,12 +61,18 @@ class Step:
         joined = " && ".join(shlex.join(command) for command in self.commands)
         if not self.log:
             return joined
-        return f"({joined}) > {self.log} 2>&1 &" if self.commands else f"wait $! && cat {self.log}"
+        return f"({joined}) > {self.log} 2>&1 &" if self.commands else f"wait $!; cat {self.log}"
 
 
 def steps(plan: Plan, seed: int) -> list[Step]:
     """The demo from an empty folder to report.html. The same plan and seed give the same commands."""
-    return [*_models(plan, seed), _policies(plan, seed), _control(plan, seed), *_measured(plan, seed), *_gathered(seed)]
+    return [
+        *_models(plan, seed),
+        _policies(plan, seed),
+        _control(plan, seed),
+        *_measured(plan, seed),
+        *_gathered(plan, seed),
+    ]
 
 
 def _models(plan: Plan, seed: int) -> list[Step]:
@@ -168,8 +174,9 @@ def _measured(plan: Plan, seed: int) -> list[Step]:
     ]  # fmt: skip
 
 
-def _gathered(seed: int) -> list[Step]:
+def _gathered(plan: Plan, seed: int) -> list[Step]:
     """What came of it."""
+    title = f"warmerge demo, seed {seed}" if plan is FULL else "warmerge demo --quick: these numbers mean nothing"
     results = ("members", "lmc", EVAL_OUT, "bon", "rl-report")
     return [
         Step(
@@ -186,6 +193,6 @@ def _gathered(seed: int) -> list[Step]:
         Step(
             "All of it on one page",
             "Every figure and number, what the paper says, and what was seen here.",
-            (("warmerge", "report", *results, "--title", f"warmerge demo, seed {seed}", "-o", REPORT),),
+            (("warmerge", "report", *results, "--title", title, "-o", REPORT),),
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ _STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "warmerge",
 }
+_endings: ContextVar[tuple[str, ...]] = ContextVar("endings", default=(".png", ".svg"))
 # No date and no version: the same rows give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
@@ -75,9 +77,19 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+@contextmanager
+def svg_alone() -> Iterator[None]:
+    """For a while no .png is written: of both it takes most of the time."""
+    before = _endings.set((".svg",))
+    try:
+        yield
+    finally:
+        _endings.reset(before)
+
+
 def save_both(figure: Figure, path_stem: Path) -> list[Path]:
     """Writes path_stem.png and path_stem.svg; a dot in the stem's name is kept."""
-    return [save(figure, path_stem.with_name(path_stem.name + ending)) for ending in (".png", ".svg")]
+    return [save(figure, path_stem.with_name(path_stem.name + ending)) for ending in _endings.get()]
 
 
 def printable(name: str) -> str:

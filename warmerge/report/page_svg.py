@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
+from warmerge.report import canvas
 from warmerge.report.results import draw
 
 _KEPT = {"svg", "g", "defs", "path", "use", "rect", "clipPath", "image", "linearGradient", "stop"}
@@ -31,9 +32,8 @@ def inline_figures(kind: str, content: Mapping[str, Any], prefix: str, labels: S
     Raises:
         UsageError: rows that cannot be drawn.
     """
-    with TemporaryDirectory() as folder:
-        drawn = [path for path in draw(Path(folder), kind, content) if path.suffix == ".svg"]
-        sources = [path.read_text(encoding="utf-8") for path in drawn]
+    with TemporaryDirectory() as folder, canvas.svg_alone():
+        sources = [path.read_text(encoding="utf-8") for path in draw(Path(folder), kind, content)]
     found = []
     for i, source in enumerate(sources, start=1):
         label = labels[min(i, len(labels)) - 1]
