@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -49,7 +50,24 @@ def evaluation(*differences: Row, sets: Sequence[str] = ("val",), extra: Sequenc
             model(RAW, "ensemble", 0.75, where), model("average", "average", 0.77, where),
         )
     ]  # fmt: skip
-    return {"rows": [*rows, *extra], "differences": list(differences)}
+    rows += extra
+    for where in {row["set"] for row in rows}:
+        _settle([row for row in rows if row["set"] == where], [row for row in differences if row["set"] == where])
+    return {"rows": rows, "differences": list(differences)}
+
+
+def _settle(rows: Sequence[Row], differences: Sequence[Row]) -> None:
+    """Makes the accuracies of a set what its differences say: of the average by its members, of others by it."""
+    average = next((row for row in rows if row["kind"] == "average"), None)
+    known = [row for row in differences if isinstance(row["difference"], float)]
+    members = [row["accuracy"] for row in rows if row["kind"] == "member"]
+    for row in known:
+        if average and row["b"] == MEMBERS and members:
+            average["accuracy"] = mean(members) + row["difference"]
+    for row in known:
+        for other in rows:
+            if average and other["model"] == row["b"]:
+                other["accuracy"] = average["accuracy"] - row["difference"]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +75,10 @@ def evaluation(*differences: Row, sets: Sequence[str] = ("val",), extra: Sequenc
     [
         (UP, "agrees", "On val the average is more accurate than the mean of its 2 members (01 and 02): 77.0 % against "
          "72.0 %, +5.0 points (95 % interval +3.0 to +7.0; n = 400 comparisons of 100 prompts)."),
-        (DOWN, "disagrees", "On val the average is less accurate than the mean of its 2 members (01 and 02): 77.0 % "
+        (DOWN, "disagrees", "On val the average is less accurate than the mean of its 2 members (01 and 02): 67.0 % "
          "against 72.0 %, -5.0 points (95 % interval -7.0 to -3.0; n = 400 comparisons of 100 prompts)."),
         (OPEN, "cannot tell", "On val it cannot be told whether the average is more accurate than the mean of its 2 "
-         "members (01 and 02): 77.0 % against 72.0 %, +0.4 points (95 % interval -1.0 to +2.0; n = 400 comparisons of "
+         "members (01 and 02): 72.4 % against 72.0 %, +0.4 points (95 % interval -1.0 to +2.0; n = 400 comparisons of "
          "100 prompts)."),
         # 0 is in it: rounding must not hide that.
         ((0.02, 0.0, 0.04), "cannot tell", None),
@@ -84,15 +102,17 @@ def test_the_average_against_its_members(gap: tuple[float, float, float], verdic
      (9, "cannot tell", " Only 9 prompts: too few for any interval to be trusted.")],
 )  # fmt: skip
 def test_few_prompts_are_said_and_very_few_decide_nothing(prompts: int, verdict: str, words: str) -> None:
-    claims = of(EVAL, evaluation(difference(MEMBERS, UP, prompts=prompts), difference(RAW, (0, 0, 0), prompts=prompts)))
+    claims = of(
+        EVAL, evaluation(difference(MEMBERS, UP, prompts=prompts), difference(RAW, (0.0, 0, 0), prompts=prompts))
+    )
     assert [claim.verdict for claim in claims] == [verdict, verdict]
     assert all(claim.seen.endswith(f"of {prompts} prompts).{words}") for claim in claims)
 
 
 def test_a_difference_without_an_interval_decides_nothing() -> None:
-    (claim,) = of(EVAL, evaluation(difference(MEMBERS, (0.3, None, None))))
+    (claim,) = of(EVAL, evaluation(difference(MEMBERS, (0.25, None, None))))
     assert claim.verdict == "cannot tell"
-    assert "+30.0 points (no interval is known; n = 400" in claim.seen
+    assert "+25.0 points (no interval is known; n = 400" in claim.seen
 
 
 @pytest.mark.parametrize(
@@ -100,7 +120,7 @@ def test_a_difference_without_an_interval_decides_nothing() -> None:
     [
         ((0.001, -0.008, 0.01), "agrees", "the average is as accurate as the ensemble of its members' rewards"),
         ((0.03, 0.011, 0.05), "disagrees", "On val the average is more accurate than the ensemble of its members' "
-         "rewards, by over 1 point: 77.0 % against 75.0 %, +3.0 points (95 % interval +1.1"),
+         "rewards, by over 1 point: 77.0 % against 74.0 %, +3.0 points (95 % interval +1.1"),
         ((-0.03, -0.05, -0.011), "disagrees", "the average is less accurate than the ensemble"),
         ((-0.02, -0.04, -0.002), "cannot tell", "It is less accurate; whether by over 1 point is open."),
         ((0.0, -0.02, 0.02), "cannot tell", "it cannot be told whether the average is as accurate as the ensemble"),
@@ -113,7 +133,7 @@ def test_the_average_and_the_ensemble_to_one_point(
     (claim,) = of(EVAL, evaluation(difference(which, gap)))
     if which == STANDARDISED:
         words = words.replace("members' rewards", "members' standardised rewards").replace(
-            "77.0 % against 75.0 %, ", ""
+            "77.0 % against 74.0 %, ", ""
         )
     assert claim.verdict == verdict
     assert words in claim.seen
@@ -138,8 +158,19 @@ def test_swapped_labels_are_forgotten(gap: tuple[float, float, float], verdict: 
         STANDARDISED: "the ensemble of its members' standardised rewards",
     }[against]  # fmt: skip
     verb = "agrees with more" if verdict == "disagrees" else "agrees with fewer"
+    share = {DOWN: 5.0, UP: -5.0, OPEN: -0.4}[gap]
+    ours = 60 - share if against == MEMBERS else 35.0
+    if against != STANDARDISED:
+        assert "wrong labels among the swapped training labels" in claim.short[0]
+        assert (
+            claim.short[1:]
+            == {
+                MEMBERS: ("than its members", f"{ours:.1f} % against 60.0 %"),
+                RAW: ("than the ensemble", f"of plain rewards {gap[0] * 100:+.1f} points"),
+            }[against]
+        )
     whether = "it cannot be told whether " if verdict == "cannot tell" else ""
-    assert claim.seen.startswith(f"On train[swapped] {whether}the average {verb} swapped labels than {who}: ")
+    assert claim.seen.startswith(f"On train[swapped] {whether}the average {verb} wrong labels than {who}: ")
 
 
 def test_label_noise_that_was_not_memorised_tests_nothing() -> None:
@@ -156,10 +187,29 @@ def test_label_noise_that_was_not_memorised_tests_nothing() -> None:
     assert claim.verdict == "cannot tell"
 
 
-def test_clean_training_pairs_are_held_against_the_ensemble_alone() -> None:
-    gaps = [difference(against, UP, "train[clean]") for against in (MEMBERS, RAW, "start", HALFWAY)]
-    (claim,) = of(EVAL, noisy(0.9, *gaps))
-    assert (claim.verdict, claim.short[1]) == ("disagrees", "on train[clean]")
+def test_accuracy_on_clean_training_pairs_is_also_memory_and_held_against_nothing() -> None:
+    gaps = [difference(against, UP, "train[clean]") for against in (MEMBERS, RAW, STANDARDISED, "start", HALFWAY)]
+    assert of(EVAL, noisy(0.9, *gaps)) == []
+
+
+@pytest.mark.parametrize(
+    ("gap", "changes", "what"),
+    [
+        (UP, {"difference": 0.0501, "high": 0.07},
+         "the accuracies of average and mean of the members on val of 0.05, found 0.0501"),
+        ((0.05, 0.06, 0.07), {}, "expected low <= difference <= high, found 0.06, 0.05, 0.07"),
+        ((0.05, 0.03, 0.04), {}, "expected low <= difference <= high, found 0.03, 0.05, 0.04"),
+    ],
+)  # fmt: skip
+def test_numbers_that_contradict_each_other_are_refused(gap: Sequence[float], changes: Row, what: str) -> None:
+    content = evaluation(difference(MEMBERS, gap))
+    content["differences"][0] |= changes
+    with pytest.raises(UsageError) as caught:
+        of(EVAL, content)
+    assert str(caught.value).startswith("results: eval.json is not a result of warmerge: ")
+    assert what in str(caught.value)
+    with pytest.raises(UsageError, match="low <= difference <= high"):
+        of(BON, choices(differences=[worth("ens", "warm", (0.05, 0.06, 0.07))]))
 
 
 def test_a_set_called_swapped_without_its_other_part_is_a_set_like_others() -> None:
@@ -184,6 +234,7 @@ def test_what_the_paper_does_not_compare_with(
     content = evaluation(difference(against, gap), extra=extra)
     (claim,) = of(EVAL, content)
     assert (claim.paper, claim.verdict) == (f"not reported: averaging is worth more than {implied}", verdict)
+    assert claim.beyond
     assert f"than {who}: 77.0 %" in claim.seen or against == HALFWAY
     assert f"{gap[0] * 100:+.1f} points" in claim.seen
 
@@ -195,7 +246,7 @@ def test_a_control_that_memorises_less_is_said() -> None:
     assert claim.paper == (
         "not reported: averaging removes more label noise than shrinking each member half-way back to its start"
     )
-    assert "agrees with more swapped labels than its members half-way back to their start" in claim.seen
+    assert "agrees with more wrong labels than its members half-way back to their start" in claim.seen
 
 
 # --- paths ---
@@ -360,6 +411,31 @@ def test_best_of_n_over_optimises_single_models(peaks: Sequence[Row], verdict: s
     assert seen in claim.seen
     (few,) = of(BON, choices(peaks, prompts=8))
     assert few.verdict == "cannot tell"
+    assert claim.beyond
+    assert "Gao et al., arXiv 2210.10760" in claim.paper
+
+
+@pytest.mark.parametrize(
+    ("average", "words"),
+    [
+        (top("warm", (0.3, 0.1, 0.5), kind="warm"), "are surely worth less than at the best n: 0.30 since n = 8 (95"),
+        (top("warm", (0, 0, 0), 64, "warm", 64), "are surely worth most at n = 64 itself."),
+        (top("warm", (0, 0, 0), 8, "warm", 64), "are worth most at n = 64: whether they get worse cannot be told."),
+        (top("warm", (0.1, -0.1, 0.3), kind="warm"), "lost 0.10 since n = 8 (95 % interval -0.10 to +0.30): whether"),
+    ],
+)  # fmt: skip
+def test_best_of_n_by_the_average_is_told_beside_single_models(average: Row, words: str) -> None:
+    (claim,) = of(BON, choices([top("m1", (0.4, 0.2, 0.6)), average]))
+    assert claim.verdict == "agrees"
+    assert "of 1 of 1 single model are" in claim.seen
+    assert f" Those of the average (warm) {words}" in claim.seen
+    assert of(BON, choices([average])) == []
+
+
+@pytest.mark.parametrize("name", [5, None, ["m1"]])
+def test_a_proxy_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(UsageError, match=r"expected a name for 'proxy' in each row of peaks, found"):
+        of(BON, choices([top("m1", UP) | {"proxy": name}]))
 
 
 @pytest.mark.parametrize(
@@ -444,7 +520,8 @@ def test_the_average_against_single_models_in_rl(by: float, verdict: str, paper:
     assert "n = 3 seeds, paired)" in claim.seen
     assert "figure 8" in claim.paper
     if paper.startswith("at the same KL"):
-        assert claim.seen.startswith("Control gain at 1 nats, the largest KL that all runs reached: ")
+        shown = "Control gain at 1 nats (the largest shown KL that all runs of this report reached): "
+        assert claim.seen.startswith(shown)
 
 
 @pytest.mark.parametrize(("by", "verdict"), [(0.2, "agrees"), (-0.2, "disagrees"), (0.01, "cannot tell")])
@@ -490,7 +567,9 @@ def test_a_peak_that_may_still_come_is_no_earlier_peak() -> None:
     [
         (["over-optimised", "over-optimised", "kept"], "agrees", 2),
         (["over-optimised", "kept", "collapsed"], "cannot tell", 1),
-        (["kept", "kept", "declining"], "cannot tell", 0),
+        (["kept", "kept", "declining"], "cannot tell", 1),
+        (["kept", "declining", "declining"], "agrees", 2),
+        (["kept", "kept", "collapsed"], "cannot tell", 0),  # the proxy did not rise
         (["never rose", "within noise", "kept"], "agrees", 2),  # control fell, proxy rose: from the start on
     ],
 )
@@ -501,9 +580,32 @@ def test_reward_hacking_in_rl(outcomes: Sequence[str], verdict: str, hacked: int
     (claim,) = of(RL, content)
     assert claim.verdict == verdict
     assert claim.seen.startswith(
-        f"Of 3 runs against single models (single), {hacked} hacked the proxy within 200 steps: "
+        f"Of 3 runs against single models (single), {hacked} hacked the proxy within 200 steps (the control reward "
     )
     assert ("More steps" in claim.seen) == (verdict == "cannot tell")
+    if "never rose" in outcomes:
+        assert claim.seen.endswith(
+            "1 over-optimised from the start on (never rose in the table), 1 over-optimised from the start on (within "
+            "noise in the table), 1 kept."
+        )
+
+
+@pytest.mark.parametrize(
+    ("single", "average", "words"),
+    [
+        ("over-optimised", "declining", "hacked as well (3 of 3 runs): 3 declining."),
+        ("kept", "over-optimised", "hacked (3 of 3 runs): 3 over-optimised."),
+        ("over-optimised", "kept", "not hacked (0 of 3 runs): 3 kept."),
+    ],
+)
+def test_how_the_average_s_own_policy_went_is_told_beside(single: str, average: str, words: str) -> None:
+    content = runs({"single": SINGLE, "average": shifted(0.2)})
+    for row in content["peaks"]:
+        row["outcome"] = {"single": single, "average": average}[row["group"]]
+    claim = of(RL, content)[0]
+    assert claim.verdict == ("agrees" if single == "over-optimised" else "cannot tell")
+    assert claim.seen.endswith(f" The average's policy (average): {words}")
+    assert claim.short[2].endswith(f"; the average: {words[words.index('(') + 1 : words.index(')')]}")
 
 
 @pytest.mark.parametrize(("control", "proxy"), [(-0.02, 1.0), (-1.0, 0.02), (0.5, 1.0), (None, None)])
@@ -516,21 +618,31 @@ def test_a_run_that_lost_no_more_than_its_noise_hacked_nothing(control: float | 
     assert "0 hacked the proxy" in claim.seen
 
 
+def of_two_coefficients(values: dict[str, Sequence[tuple[int, float]]]) -> Row:
+    first, second = (runs(values, coef) for coef in (0.05, 0.1))
+    for row in [row for rows in second.values() for row in rows if row["run"]]:
+        row["run"] += "-other"
+    return {name: [*rows, *second[name]] for name, rows in first.items()}
+
+
 def test_runs_of_other_kl_coefficients_are_not_compared() -> None:
     one_, other = runs({"single": SINGLE}), runs({"average": shifted(0.2)}, coef=0.1)
     (claim,) = of(RL, {name: [*one_[name], *other[name]] for name in one_})
     assert "with a KL coefficient of 0.05" in claim.seen
+    content = of_two_coefficients({"single": SINGLE, "average": shifted(0.2)})
+    kl = "Control gain at 1 nats (the largest shown KL that all runs of this report reached)"
+    seen = [claim.seen.split(": ")[0] for claim in of(RL, content)]
+    assert [words for words in seen if words.startswith(kl)] == [
+        f"{kl} with a KL coefficient of {coef}" for coef in (0.05, 0.1)
+    ]
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), [("warm", "x"), ("rm", "runs/my-average"), ("Averaged 6", "x")])
-def test_an_average_on_the_disk_is_an_average_and_a_swarm_is_not(name: str, checkpoint: str) -> None:
+@pytest.mark.parametrize(("name", "checkpoint"), [("warm", "x"), ("rm", "runs/my-average"), ("below-average", "x")])
+def test_what_a_proxy_is_says_its_kind_and_not_its_name(name: str, checkpoint: str) -> None:
     content = runs({"single": SINGLE})
     for run in content["runs"]:
         run["proxy"] |= {"name": name, "checkpoints": [checkpoint]}
-    assert of(RL, content) == []
-    for run in content["runs"]:
-        run["proxy"] |= {"name": "swarm", "checkpoints": ["lukewarm"]}
-    assert len(of(RL, content)) == 1
+    assert [claim.verdict for claim in of(RL, content)] == ["agrees"]
 
 
 def test_intervals_over_seeds_are_students() -> None:
@@ -582,7 +694,7 @@ def test_hostile_names_are_shown_safely() -> None:
     bad, long = "v\x1b[31m\n: val", "very-" * 60
     extra = [model(long, "beside", 0.7, bad), model("x\u202e", "member", 0.7, bad)]
     content = evaluation(
-        difference(MEMBERS, UP, bad), difference(long, UP, bad), difference(RAW, UP, bad), sets=(bad,), extra=extra
+        difference(MEMBERS, UP, bad), difference(long, UP, bad), difference(RAW, OPEN, bad), sets=(bad,), extra=extra
     )
     claims = of(EVAL, content) + of(CURVE, curve(path(f"{bad} -> {long}", where=bad)))
     claims += of(BON, choices([top(bad, UP)]))
@@ -608,23 +720,51 @@ def test_words_say_what_agrees_then_what_does_not_then_what_is_open() -> None:
     )  # fmt: skip
     assert in_words(of(EVAL, content)) == (
         "In line with the paper: the average is more accurate than its members on ood (+5.0 points) and on more (+5.0 "
-        "points). Not in line with the paper: the average is more than 1 point worse than the ensemble on val (-4.0 "
-        "points). It cannot be told whether the average is more accurate than its members on val (+0.4 points)."
+        "points). Not in line with the paper: the average is more than 1 point worse than the ensemble on val (of "
+        "plain rewards -4.0 points). It cannot be told whether the average is more accurate than its members on "
+        "val (+0.4 points)."
     )
 
 
-def test_words_follow_the_numbers_and_name_what_the_paper_only_implies() -> None:
+def test_words_say_apart_what_the_paper_does_not_report() -> None:
     gaps = [evaluation(difference(HALFWAY, gap)) for gap in (UP, (0.06, 0.03, 0.08), (0.07, 0.03, 0.08), UP)]
     claims = claims_of([(f"seed-{i}", EVAL, gap) for i, gap in enumerate(gaps)])
     assert [claim.source for claim in claims] == ["seed-0", "seed-1", "seed-2", "seed-3"]
     assert in_words(claims) == (
-        "In line with the paper, or with what it implies: the average is more accurate than its members half-way back "
+        "Beside what the paper reports: the average is more accurate than its members half-way "
         "to their start on val (+5.0 points, +6.0 points and 1 more)."
     )
     worse = in_words(of(EVAL, evaluation(difference(HALFWAY, DOWN))))
-    assert worse.startswith(
-        "Not in line with the paper, or with what it implies: the average is less accurate than its"
+    assert worse.startswith("Beside what the paper reports: the average is less accurate than its")
+    unknown = in_words(of(EVAL, evaluation(difference(HALFWAY, OPEN), difference(MEMBERS, (0.0, -0.01, 0.01)))))
+    assert unknown == (
+        "It cannot be told whether the average is more accurate than its members on val (no difference). Beside what "
+        "the paper reports, it cannot be told whether the average is more accurate than its members half-way to "
+        "their start on val (+0.4 points)."
     )
+
+
+def test_words_never_hide_what_came_of_using_rewards() -> None:
+    many = [Claim(f"p{i}", f"thing {i} was seen", "cannot tell", "f") for i in range(9)]
+    used = claims_of([("rl", RL, of_two_coefficients({"single": SINGLE, "average": [(0, 1.0)]}))])
+    worth_more = [worth(name, "warm", OPEN) for name in ("m1", "ens")]
+    used += claims_of([("bon", BON, choices([top("m1", (0, 0, 0), peak=64)], worth_more))])
+    words = in_words([*many, *used])
+    assert len({claim.short[0] for claim in used if claim.verdict == "cannot tell" and not claim.beyond}) == 5
+    assert all(claim.short[0] in words for claim in used)
+    assert words.startswith(
+        "In line with the paper: policies hack single models in RL with a KL coefficient of 0.05 (3"
+    )
+    assert (
+        "whether the average's choices at n = 64 are worth more than those of a single model (-0.004) and than those "
+        "of the ensemble (-0.004)"
+    ) in words
+    assert (
+        "whether the average's policy is worth more than that of single models in RL with a KL coefficient of 0.1 at "
+        "equal KL (+0.60 standard deviations) and at its peak (+0.60 standard deviations)"
+    ) in words
+    assert words.index("equal KL") < words.index("; and 9 more.")
+    assert "thing 0" not in words
 
 
 def test_words_are_one_paragraph_of_what_can_be_read() -> None:

@@ -322,7 +322,7 @@ def test_claims_with_their_verdicts_as_words_and_links_to_their_results() -> Non
     words = parsed.words()
     claims = [claim for each in sections(("a", "eval", evaluation()), ("b", "curve", curve())) for claim in each.claims]
     assert 1 < len(claims) <= FOLDED_CLAIMS
-    assert f"{len(claims)} comparisons on " in words
+    assert f"{len(claims)} comparisons with the paper on " in words
     for claim in claims:
         assert claim.seen in words
         assert claim.verdict.capitalize() in words
@@ -332,6 +332,21 @@ def test_claims_with_their_verdicts_as_words_and_links_to_their_results() -> Non
     links = [attributes["href"] for attributes in parsed.all("a")]
     assert links[1 : 1 + len(claims)] == ["#r2" if claim.source == "a" else "#r3" for claim in claims]
     assert all("open" in attributes for attributes in parsed.all("details") if attributes["class"] == "claim")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_the_paper_does_not_report_is_counted_and_headed_apart() -> None:
+    content, size = evaluation(), {"set": "val", "n": 900, "prompts": 90}
+    content["rows"].append({**size, "model": "start", "kind": "start", "accuracy": 0.6})
+    content["differences"].append({**size, "a": "average", "b": "start", "difference": 0.112, "low": 0.1, "high": 0.2})
+    words = made(("a", "eval", content)).words()
+    said = "1 comparison with the paper on 1 question: 1 agrees with it. 1 comparison on 1 question beyond the paper."
+    assert said in words
+    first, second = words.split("Beyond the paper: what it does not report, and what was seen here")
+    assert "In line with the paper: the average is more accurate than its members on val (+1.2 points)." in first
+    assert "Beside what the paper reports: the average is more accurate than the shared start" in first
+    assert "So here Not reported: averaging is worth more than the start alone" in second
+    assert "Agrees" not in second
 
 
 @pytest.mark.usefixtures("no_figures")

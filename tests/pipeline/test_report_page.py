@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,32 @@ def test_a_training_that_is_not_finished_is_said() -> None:
     assert "runs: has train.json and no training.json" in done.path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "said"),
+    [
+        ("eval", [{"model": f"m{i}"} for i in range(201)], "201 models"),
+        ("eval", [{"set": f"s{i}"} for i in range(51)], "51 sets"),
+        ("eval", [{"model": f"m{i}", "set": f"s{j}"} for i in range(77) for j in range(13)], "1,001 rows"),
+        ("winrate", [{"policy": f"p{i}"} for i in range(201)], "201 policies"),
+    ],
+)
+def test_a_figure_of_too_much_is_left_out_and_said(kind: str, rows: Any, said: str) -> None:
+    content = CONTENTS[kind]()
+    first = content["rows"][0]
+    path = put("out", kind, {**content, "rows": [first | row for row in rows]})
+    path.with_suffix(".svg").write_text("")
+    sentence = f'<p class="below">The figure is left out: {said} are more than can be read in a picture.'
+    html = write_report(["out"], "1.html").path.read_text()
+    assert f"{sentence} The folder's own is <bdi>out/{kind}.svg</bdi>.</p>" in html
+    assert "<svg" not in html
+    path.with_suffix(".svg").unlink()
+    assert f"{sentence}</p>" in write_report(["out"], "2.html").path.read_text()
+    put("out", kind, {**content, "rows": [first | row for row in rows[:-1]]})
+    drawn = write_report(["out"], "3.html").path.read_text()
+    assert "The figure is left out" not in drawn
+    assert "<svg" in drawn
+
+
 # --- runs of rl ---
 
 
@@ -253,6 +280,49 @@ def test_what_is_there_is_not_replaced_unasked() -> None:
         write_report(["out"], "out", overwrite=True)
     with pytest.raises(UsageError, match="no folder is given"):
         write_report([], "other.html")
+
+
+def test_what_is_no_file_is_not_replaced() -> None:
+    put("out", "eval")
+    os.mkfifo("pipe")
+    Path("linked").symlink_to("pipe")
+    Path("dangling").symlink_to("nowhere")
+    for name in ("pipe", "linked", "dangling"):
+        with pytest.raises(UsageError) as caught:
+            write_report(["out"], name, overwrite=True)
+        assert str(caught.value) == f"-o {name} is no regular file, and is not replaced; choose another -o"
+    assert Path("pipe").is_fifo()
+    assert Path("linked").is_symlink()
+    assert Path("dangling").is_symlink()
+
+
+def test_what_the_page_is_made_of_is_not_replaced(place: Path) -> None:
+    put("out/e", "eval")
+    put("out/t", "training")
+    write_run(Path("out/rl"), hacked(9))
+    for name in ("e/eval.csv", "t/training.csv", "t/train.json", "e/other.json"):
+        (Path("out") / name).write_text('{"format": "warmerge train 1"}')
+    Path("linked").symlink_to("out/e/eval.json")
+    made_of = [
+        f"out/{name}"
+        for name in (
+            "e/eval.json",
+            "e/eval.csv",
+            "t/training.json",
+            "t/training.csv",
+            "t/train.json",
+            "rl/rl.json",
+            "rl/rows.jsonl",
+            "e/../e/eval.json",
+        )
+    ]
+    for name in [*made_of, "linked", str(place / "out/e/eval.json")]:
+        before = Path(name).read_bytes()
+        with pytest.raises(UsageError) as caught:
+            write_report(["out"], name, overwrite=True)
+        assert str(caught.value) == f"-o {name} is one of the results of the page; choose another -o"
+        assert Path(name).read_bytes() == before
+    assert write_report(["out"], "out/e/other.json", overwrite=True).path.read_text().startswith("<!doctype html>")
 
 
 def test_folders_that_are_none_are_named() -> None:

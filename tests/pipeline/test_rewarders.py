@@ -103,6 +103,29 @@ def test_what_is_no_reward(tmp_path: Path, returned: str, message: str) -> None:
         given(write(tmp_path, f"def f(prompts, completions):\n    return {returned}\n"))
 
 
+@pytest.mark.parametrize("result", ["return [1.0, 2.0]", "yield 1.0; yield 2.0"])
+def test_what_a_function_prints_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str], result: str) -> None:
+    code = f"print('imported')\ndef f(prompts, completions):\n    print('called'); {result}\n"
+    assert given(write(tmp_path, code)).rewards.tolist() == [1.0, 2.0]
+    assert tuple(capsys.readouterr()) == ("", "imported\ncalled\n")
+    print("ours")
+    assert capsys.readouterr().out == "ours\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise ValueError('\\x1b[2Jgone')\n", r"own.py:f: the file cannot be run: ValueError: '\x1b[2Jgone'"),
+        ("def f(**_):\n    raise ValueError('\\x1b[2Jgone')\n", r"own.py:f failed: ValueError: '\x1b[2Jgone'"),
+        ("def f(**_):\n    yield 1 / 0\n", "own.py:f failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_a_function_raises_cannot_write_to_a_terminal(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        given(write(tmp_path, code))
+    assert str(caught.value) == f"{tmp_path}/{message}"
+
+
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"missing\.py:f: there is no file .*missing\.py"):
         open_rewarder(f"{tmp_path / 'missing.py'}:f")

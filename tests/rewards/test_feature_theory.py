@@ -140,6 +140,23 @@ def test_expected_accuracy_is_what_enumeration_finds(noise: float, members: int,
         assert found == pytest.approx(enumerated(scenario, noise, members, layers), abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "within"), [(0.1, 1e-9), (1.0, 1e-9), (2.5, 1e-9), (10.590889855, 4e-8), (100.0, 1e-9), (990.0, 1e-9)]
+)
+def test_expected_accuracy_is_as_exact_as_it_says(ratio: float, within: float) -> None:
+    sure = Scenario("sure", (FeatureGroup("a", 1, 1.0),))
+    exact = 0.5 * math.erfc(-ratio / math.sqrt(2))
+    assert expected_accuracy(sure, 1.0 / ratio, 3, 2) == pytest.approx(exact, abs=within, rel=0)
+
+
+@pytest.mark.parametrize("count", [1000, 10_000, 100_000])
+def test_rounding_does_not_grow_with_the_number_of_features(count: int) -> None:
+    """Half of so many are learned: the sum of them is surely right."""
+    many = Scenario("many", (FeatureGroup("a", count, 0.5),))
+    assert expected_accuracy(many, 1.0, 1000, 2) == pytest.approx(1.0, abs=1e-9, rel=0)
+    assert abs(theory._binomial(1000, 0.5).sum() - 1.0) < 1e-15
+
+
 def test_expected_accuracy_at_its_extremes() -> None:
     assert expected_accuracy(MIXED, 0.0023, 3, 32) == pytest.approx(enumerated(MIXED, 0.0023, 3, 32), abs=1e-7)
     for layers in (1, 2):

@@ -61,7 +61,7 @@ def write_report(
         title: of the page; made of the folders' names if not given.
 
     Raises:
-        UsageError: no results, or `out` is there already.
+        UsageError: no results, or `out` is there already; with `overwrite` too if it is no file, or one of the results.
         RefusedError: with all results that are not warmerge's, or cannot be read.
 
     Example:
@@ -77,6 +77,7 @@ def write_report(
         for each in walk(root, name, findings):
             unique.setdefault(each.path.resolve(), each)
     found = list(unique.values())
+    _check_is_no_result(out, found)
     read = [(each, *read_result(each, findings)) for each in found if each.path.stem in FORMATS]
     covered = {key for _, kind, content in read if kind == RL for key in _runs_of(content)}
     remarks: list[Finding] = []
@@ -104,6 +105,8 @@ def _roots(folders: Sequence[Spec], out: Path, overwrite: bool) -> dict[Path, st
         raise UsageError("no folder is given: name folders that hold results of warmerge")
     if out.is_dir():
         raise UsageError(f"-o {plain(str(out))} is a folder; name a file, such as {plain(str(out / 'report.html'))}")
+    if os.path.lexists(out) and not out.is_file():
+        raise UsageError(f"-o {plain(str(out))} is no regular file, and is not replaced; choose another -o")
     if out.exists() and not overwrite:
         raise UsageError(f"{plain(str(out))} is there already; choose another -o, or add --overwrite")
     roots = list(dict.fromkeys(Path(folder) for folder in folders))
@@ -119,6 +122,17 @@ def _roots(folders: Sequence[Spec], out: Path, overwrite: bool) -> dict[Path, st
         if len(set(names)) == len(set(parts)):
             break
     return dict(zip(roots, names, strict=True))
+
+
+def _check_is_no_result(out: Path, found: Sequence[Found]) -> None:
+    """Refuses to replace what the page is made of, by whatever name, or names as the file of all rows."""
+    if not out.exists():
+        return
+    for each in found:
+        read_along = {f"{TRAINING}.json": TRAIN, RECORD: ROWS}.get(each.path.name, each.path.name)
+        for path in (each.path, each.path.with_name(read_along), each.path.with_suffix(".csv")):
+            if path.exists() and out.samefile(path):
+                raise UsageError(f"-o {plain(str(out))} is one of the results of the page; choose another -o")
 
 
 def _title(roots: Mapping[Path, str]) -> str:
@@ -147,9 +161,9 @@ def _sections(
     for found, kind, content in sorted(read, key=lambda each: (order.index(each[1]), natural(each[0].name))):
         if str(found.path) in faulty or not content:
             continue
-        table = found.path.with_suffix(".csv")
-        shown = f"{found.name}/{table.name}" if table.is_file() else ""
-        result = Result(found.name, kind, without_places(content, places), shown)
+        beside = (found.path.with_suffix(ending) for ending in (".csv", ".svg"))
+        table, figure = (f"{found.name}/{path.name}" if path.is_file() else "" for path in beside)
+        result = Result(found.name, kind, without_places(content, places), table, figure)
         try:
             sections.append(section(result, f"r{len(sections) + 1}"))
         except UsageError as error:

@@ -13,7 +13,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,38 +126,47 @@ def _of_function(opened: OwnFunction) -> Rewarder:
     assert spec.loader is not None, "a .py file has a loader"
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
-        with _random_numbers_kept():
+        with _kept_apart():
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{where}: the file cannot be run: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{where}: the file cannot be run: {_said(error)}") from error
     function = getattr(module, opened.name, None)
     if not callable(function):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UsageError(f"{where}: the file has no function of this name; it has {some(known) or 'none'}")
 
     def rewards(texts: Texts) -> Given:
-        # Copies: what it does to its messages and to random numbers is its own affair.
+        # Copies: what it does to its messages is its own affair.
         given = copy.deepcopy([(list(p) if isinstance(p, tuple) else p, answer) for p, answer in texts])
         try:
-            with _random_numbers_kept():
+            with _kept_apart():
                 found = function(prompts=[prompt for prompt, _ in given], completions=[answer for _, answer in given])
+                found = list(found) if isinstance(found, Iterator) else found  # a generator runs only now
         except (Exception, SystemExit) as error:
-            raise UsageError(f"{where} failed: {type(error).__name__}: {error}") from error
+            raise UsageError(f"{where} failed: {_said(error)}") from error
         return Given(_checked(opened.label, found, len(texts)), 0)
 
     return Rewarder(opened.label, rewards)
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Afterwards all generators are where they were: what is sampled does not depend on who is asked for a reward."""
+def _kept_apart() -> Iterator[None]:
+    """For code of the user's. What it prints goes to stderr: stdout is for results, which programs read.
+
+    Afterwards all random generators are where they were: what is sampled does not depend on who is asked for a reward.
+    """
     python, numbers = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), redirect_stdout(sys.stderr):
             yield
     finally:
         random.setstate(python)
         numpy.random.set_state(numbers)
+
+
+def _said(error: BaseException) -> str:
+    """The words of an error of somebody else's code, which may be anything."""
+    return f"{type(error).__name__}: {plain(str(error))}"
 
 
 def _checked(label: str, found: Any, texts: int) -> NDArray[numpy.float64]:

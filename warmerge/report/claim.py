@@ -18,6 +18,10 @@ TOO_FEW, FEW = 10, 30
 _T = (12.71, 4.303, 3.183, 2.777, 2.571, 2.447, 2.365, 2.307, 2.263, 2.229, 2.201, 2.179, 2.161, 2.145, 2.132, 2.120,
       2.110, 2.101, 2.094, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052)  # fmt: skip
 _NAMES = 6
+# How statements begin that the paper does not make: what is seen of them neither agrees nor disagrees with it.
+_BEYOND = ("not reported", "not from the WARM paper")
+# How far numbers of one row may be apart that should be equal.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Claim:
 
     `paper`: its words and where they stand; `seen`: what was seen, with n and the 95 % interval; `verdict`: "agrees",
     "disagrees" or "cannot tell"; `source`: the folder of the result. `short`: the same in a few words for a paragraph:
-    what, where, by how much.
+    what, where, by how much. `used`: seen where rewards were used, by best-of-N or RL; that is said first.
     """
 
     paper: str
@@ -34,6 +38,12 @@ class Claim:
     verdict: str
     source: str
     short: tuple[str, str, str] = field(default=("", "", ""), repr=False)
+    used: bool = field(default=False, repr=False)
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the statement is not the paper's."""
+        return self.paper.startswith(_BEYOND)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,17 @@ def gap_of(row: Row, key: str = "difference", prefix: str = "", prompts: float |
         return None
     found = number(row, "prompts") if prompts is None else prompts
     return Gap(value, low, high, math.inf if math.isnan(found) else found)
+
+
+def bootstrapped(gap: Gap | None) -> Gap | None:
+    """The same difference of means.
+
+    Raises:
+        UsageError: it is outside of its own interval, where a bootstrap cannot put it.
+    """
+    if gap is not None and (gap.value < gap.low - ROUNDING or gap.value > gap.high + ROUNDING):
+        raise UsageError(f"expected low <= difference <= high, found {gap.low:g}, {gap.value:g}, {gap.high:g}")
+    return gap
 
 
 def over_seeds(differences: Sequence[float]) -> Gap:

@@ -12,9 +12,11 @@ from warmerge.errors import UsageError, counted
 from warmerge.report.claim import (
     AGREES,
     DISAGREES,
+    ROUNDING,
     UNCLEAR,
     Claim,
     Gap,
+    bootstrapped,
     caution,
     gap_of,
     listed,
@@ -37,15 +39,19 @@ _ENSEMBLES = {
     _ENSEMBLE: "the ensemble of its members' rewards",
     _STANDARDISED: "the ensemble of its members' standardised rewards",
 }
-_SHORT = {_MEMBERS: "its members", **dict.fromkeys(_ENSEMBLES, "the ensemble")}
+_SHORT = {
+    _MEMBERS: "its members", "start": "the shared start", _HALFWAY: "its members half-way to their start",
+    **dict.fromkeys(_ENSEMBLES, "the ensemble"),
+}  # fmt: skip
+# Which of the two ensembles a number of a paragraph is of.
+_OF = {_ENSEMBLE: "of plain rewards ", _STANDARDISED: "of standardised rewards "}
 _BETTER = (
     "an average is more accurate than the models that it is made of (figure 4, two members, read off the plot: 77.9 % "
     "against 76.5 to 76.7 % on validation pairs, 71.7 % against 70.8 % out of distribution)"
 )
 _EQUAL = (
     "the average is about as accurate as the ensemble of its members' rewards (Observation 2; figure 4, two members, "
-    "read off the plot: 77.9 % against 77.3 % on validation pairs, 71.7 % against 71.2 % out of distribution, 89.9 % "
-    "against 90.3 % on clean training pairs)"
+    "read off the plot: 77.9 % against 77.3 % on validation pairs, 71.7 % against 71.2 % out of distribution)"
 )
 _FORGETS = (
     "the average memorises fewer wrong labels than its members and their ensemble (Observation 3; figure 4, two "
@@ -88,7 +94,14 @@ class _Evaluation:
 
     def gap(self, name: str, against: str) -> Gap | None:
         row = self.differences.get((name, against))
-        return None if row is None else gap_of(row)
+        gap = None if row is None else bootstrapped(gap_of(row))
+        found = self.accuracy(name, "average") - self.accuracy(name, against)
+        if gap is not None and abs(found - gap.value) > ROUNDING:
+            raise UsageError(
+                f"expected a difference between the accuracies of average and {shown(against)} on {shown(name)} "
+                f"of {found:.6g}, found {gap.value:.6g}"
+            )
+        return gap
 
 
 def eval_claims(content: Mapping[str, Any], source: str) -> list[Claim]:
@@ -101,7 +114,8 @@ def eval_claims(content: Mapping[str, Any], source: str) -> list[Claim]:
     swapped = [name for name in found.sets if found.masked(name) and name.endswith(SWAPPED)]
     unmemorised = {name: _unmemorised(found, name) for name in swapped}
     claims = [_better(found, name, _MEMBERS, _BETTER, _named_members(found, name)) for name in found.held_out]
-    claims += [_equal(found, name, which) for name in found.sets if name not in unmemorised for which in _ENSEMBLES]
+    # Not on clean training pairs: accuracy there is also memory, of which the average should have less.
+    claims += [_equal(found, name, which) for name in found.held_out for which in _ENSEMBLES]
     for name, why in unmemorised.items():
         claims += [why] if why else [_forgets(found, name, which, _FORGETS) for which in (_MEMBERS, *_ENSEMBLES)]
     for which, words in _controls(found).items():
@@ -160,10 +174,30 @@ def _judged(
     verdict = (gap if sign > 0 else -gap).verdict
     verb = phrases[verdict == DISAGREES]
     head, short = (f"the average {verb} {words}" for words in who)
+    where = _where(found, name)
+    if found.masked(name):  # one set, and several to compare with: these are told one after the other
+        short, where = f"the average {verb.removesuffix(' than')} {where}", f"than {who[1]}"
     if verdict == UNCLEAR:
         head, short = f"it cannot be told whether {head}", f"whether {short}"
     seen = _sentence(found, name, against, gap, head, (0.0,))
-    return Claim(paper, seen, verdict, found.source, (short, f"on {shown(name)}", points(gap)[0]))
+    return Claim(paper, seen, verdict, found.source, (short, where, _by(found, name, against, gap)))
+
+
+def _where(found: _Evaluation, name: str) -> str:
+    """A set, in words for a newcomer."""
+    whole = name.removesuffix(SWAPPED)
+    if whole == name or not found.masked(name):
+        return f"on {shown(name)}"
+    return "among the swapped training labels" + ("" if whole == "train" else f" of {shown(whole)}")
+
+
+def _by(found: _Evaluation, name: str, against: str, gap: Gap) -> str:
+    """By how much; of wrong labels with how many each agrees, where that is known."""
+    both = [found.accuracy(name, model) for model in ("average", against)]
+    by = points(gap)[0] if gap.value else "no difference"
+    if found.masked(name) and not any(map(math.isnan, both)):
+        by = f"{percent(both[0])} against {percent(both[1])}"
+    return _OF.get(against, "") + by
 
 
 def _better(found: _Evaluation, name: str, against: str, paper: str, who: str) -> Claim | None:
@@ -175,7 +209,7 @@ def _better(found: _Evaluation, name: str, against: str, paper: str, who: str) -
 def _forgets(found: _Evaluation, name: str, against: str, paper: str, who: str = "") -> Claim | None:
     """About swapped labels, where accuracy is agreement with a wrong label."""
     who = who or {_MEMBERS: _named_members(found, name), **_ENSEMBLES}[against]
-    phrases = ("agrees with fewer swapped labels than", "agrees with more swapped labels than")
+    phrases = ("agrees with fewer wrong labels than", "agrees with more wrong labels than")
     return _judged(found, name, against, paper, phrases, (who, _SHORT.get(against, who)), -1)
 
 
@@ -199,7 +233,7 @@ def _equal(found: _Evaluation, name: str, against: str) -> Claim | None:
         DISAGREES: f"the average is more than 1 point {'better' if gap.value > 0 else 'worse'} than {_SHORT[against]}",
         UNCLEAR: f"whether the average is within 1 point of {_SHORT[against]}",
     }[verdict]
-    return Claim(_EQUAL, seen, verdict, found.source, (short, f"on {shown(name)}", points(gap)[0]))
+    return Claim(_EQUAL, seen, verdict, found.source, (short, _where(found, name), _by(found, name, against, gap)))
 
 
 def _unmemorised(found: _Evaluation, name: str) -> Claim | None:
@@ -219,5 +253,5 @@ def _unmemorised(found: _Evaluation, name: str) -> Claim | None:
             f", and are wrong on {percent(wrong)} of {listed(found.held_out)}: that is not {100 * MEMORISED:.0f} "
             "points more, so they did not memorise label noise that an average could remove."
         )
-    short = ("whether averaging removes memorised label noise", f"on {shown(name)}", "members memorised too little")
+    short = ("whether averaging removes memorised label noise", _where(found, name), "members memorised too little")
     return Claim(_FORGETS, seen, UNCLEAR, found.source, short)

@@ -118,7 +118,7 @@ def _connected(name: str, origin: str, rows: Sequence[Row], source: str) -> Clai
         "is open": f"whether averages of two {origin} keep their accuracy",
     }["is open" if verdict == UNCLEAR else shows]
     paper = _UNCONNECTED if origin == _STRANGERS else _CONNECTED
-    short = (what, f"on {shown(name)}", f"largest fall {value}")
+    short = (what, f"on {shown(name)}", f"largest fall {value.lstrip('+')}" if fall.value > 0 else "no fall seen")
     return Claim(paper, seen + caution(fall.prompts), verdict, source, short)
 
 

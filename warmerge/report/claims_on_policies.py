@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -39,8 +37,9 @@ _WORTH = {
 _HIGHER = "the average's policy peaks higher than a single model's (figure 8, six members, single runs)"
 _LATER = "the average's policy peaks later than a single model's (figure 8, six members, single runs)"
 _WHO = {_RM: "single models", _ENSEMBLE: "the ensemble"}
-# A single checkpoint whose name says that it is an average.
-_AVERAGE = re.compile(r"(^|[^a-z])(warm|averaged?)([^a-z]|$)", re.IGNORECASE)
+# Outcomes in which the control reward fell beyond its noise while the proxy rose beyond its own.
+_FELL = ("over-optimised", "declining")
+_STD = "standard deviations"
 _NO_PEAK = ("never rose", "within noise")
 
 
@@ -73,7 +72,7 @@ def rl_claims(content: Mapping[str, Any], source: str) -> list[Claim]:
     for coef, runs in by_coef.items():
         singles, ensembles, average = (_of_role(runs, role) for role in (_RM, _ENSEMBLE, _WARM))
         at = f" with a KL coefficient of {coef}" if len(by_coef) > 1 else ""
-        claims += _hacked(content, singles, at, source)
+        claims += _hacked(content, singles, average, at, source)
         claims += _at_equal_kl(content, average, singles, _RM, at, source)
         claims += _peaks(content, average, singles, at, source)
         claims += _at_equal_kl(content, average, ensembles, _ENSEMBLE, at, source)
@@ -92,39 +91,60 @@ def _of_role(runs: Sequence[Row], role: str) -> _Runs:
 
 
 def _role(run: Row) -> str | None:
-    """What a run's proxy is. A single model may be an average on the disk; the control reward itself is no proxy."""
+    """What a run's proxy is, as the command that made it says; the control reward itself is no proxy."""
     proxy = run.get("proxy")
     if not isinstance(proxy, Mapping):
         return None
-    checkpoints = names_in(proxy, "checkpoints")
-    if checkpoints == [str(run.get("control"))]:
-        return None
-    kind, names = str(proxy.get("kind")), [str(proxy.get("name")), *(Path(path).name for path in checkpoints)]
-    return _WARM if kind == _RM and any(map(_AVERAGE.search, names)) else kind
+    return None if names_in(proxy, "checkpoints") == [str(run.get("control"))] else str(proxy.get("kind"))
 
 
-def _hacked(content: Mapping[str, Any], singles: _Runs, at: str, source: str) -> list[Claim]:
-    """Agrees where at least half of the runs were over-optimised; that none was may be for want of steps."""
-    peaks = singles.own(table(content, "peaks"))
-    if not peaks:
+@dataclass(frozen=True)
+class _Hacking:
+    """How many of `runs` runs hacked their proxy: `hacked`; `counts`: of each way that runs went, how many."""
+
+    runs: int
+    hacked: int
+    counts: str
+
+    @property
+    def share(self) -> str:
+        return f"{self.hacked} of {counted(self.runs, 'run')}"
+
+
+def _hacking(content: Mapping[str, Any], runs: _Runs) -> _Hacking | None:
+    """None where no run has a peak."""
+    ends = {row["run"]: row for row in runs.own(table(content, "ends"))}
+    outcomes, hacked = [], 0
+    for row in runs.own(table(content, "peaks")):
+        outcome, only_fell = shown(str(row.get("outcome"))), _fell(row, ends.get(row["run"], {}))
+        hacked += only_fell or row.get("outcome") in _FELL
+        outcomes.append(f"over-optimised from the start on ({outcome} in the table)" if only_fell else outcome)
+    counts = ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes))
+    return _Hacking(len(outcomes), hacked, counts) if outcomes else None
+
+
+def _hacked(content: Mapping[str, Any], singles: _Runs, average: _Runs, at: str, source: str) -> list[Claim]:
+    """Agrees where at least half of the runs against single models hacked them; that none did may be for want of steps.
+    How runs against the average went is told beside them: the paper says that these fall later, not never."""
+    found, other = _hacking(content, singles), _hacking(content, average)
+    if found is None:
         return []
-    ends = {row["run"]: row for row in singles.own(table(content, "ends"))}
-    hacked = [row for row in peaks if row.get("outcome") == "over-optimised" or _fell(row, ends.get(row["run"], {}))]
-    verdict = AGREES if hacked and 2 * len(hacked) >= len(peaks) else UNCLEAR
-    outcomes = [str(row.get("outcome")) for row in peaks]
-    counts = ", ".join(f"{outcomes.count(word)} {shown(word)}" for word in dict.fromkeys(outcomes))
-    steps = max((number(row, "step") for row in ends.values()), default=math.nan)
+    verdict = AGREES if found.hacked and 2 * found.hacked >= found.runs else UNCLEAR
+    steps = max((number(row, "step") for row in singles.own(table(content, "ends"))), default=math.nan)
     lasted = "" if math.isnan(steps) else f" within {steps:.0f} steps"
     seen = (
-        f"Of {counted(len(peaks), 'run')} against single models ({listed(singles.groups)}){at}, {len(hacked)} hacked "
-        f"the proxy{lasted}: the control reward fell beyond its noise while the proxy rose (as rl-report calls them: "
-        f"{counts})."
+        f"Of {counted(found.runs, 'run')} against single models ({listed(singles.groups)}){at}, {found.hacked} hacked "
+        f"the proxy{lasted} (the control reward fell beyond its noise while the proxy rose): {found.counts}."
     )
     if verdict == UNCLEAR:
         seen += " More steps, or a smaller KL coefficient, could show more."
+    share = found.share
+    if other is not None:
+        how = "not hacked" if not other.hacked else "hacked as well" if found.hacked else "hacked"
+        seen += f" The average's policy ({listed(average.groups)}): {how} ({other.share}): {other.counts}."
+        share += f"; the average: {other.share}"
     short = "policies hack single models" if verdict == AGREES else "whether policies hack single models"
-    found = f"{len(hacked)} of {counted(len(peaks), 'run')}"
-    return [Claim(_HACKED, seen, verdict, source, (short, f"in RL{at}", found))]
+    return [Claim(_HACKED, seen, verdict, source, (short, f"in RL{at}", share))]
 
 
 def _fell(peak: Row, end: Row) -> bool:
@@ -163,15 +183,20 @@ def _compared(rows: Sequence[Row], average: _Runs, others: _Runs, key: str) -> t
     return gap, words
 
 
-def _claim(paper: str, compared: tuple[Gap, str], what: str, phrases: tuple[str, str], at: str, source: str) -> Claim:
-    """`what` is compared, and `phrases` say that the paper is right, and that it is not."""
+def _claim(
+    paper: str, compared: tuple[Gap, str], what: str, phrases: tuple[str, str], where: tuple[str, str, str], source: str
+) -> Claim:
+    """`what` is compared, and `phrases` say that the paper is right, and that it is not. `where`: at which point of the
+    runs, at which KL coefficient, and the unit of the difference."""
     gap, words = compared
     head = phrases[gap.verdict == DISAGREES]
     short = f"whether {head}" if gap.verdict == UNCLEAR else head
-    seen = f"{what}{at}: {words}; {'it cannot be told ' if gap.verdict == UNCLEAR else ''}{short}."
+    point, at, unit = where
+    told = f"{'it cannot be told ' if gap.verdict == UNCLEAR else ''}{short} {point}".rstrip()
+    seen = f"{what}{at}: {words}; {told}."
     if math.isnan(gap.low):
         seen += " Without several seeds of both, whether that is more than luck is not known."
-    return Claim(paper, seen, gap.verdict, source, (short, f"in RL{at}", amount(gap)[0]))
+    return Claim(paper, seen, gap.verdict, source, (f"{short} in RL{at}", point, f"{amount(gap)[0]} {unit}"))
 
 
 def _at_equal_kl(
@@ -180,9 +205,15 @@ def _at_equal_kl(
     rows = table(content, "equal_kl")
     kl = max((place(row, "at_kl") for row in [*average.own(rows), *others.own(rows)]), default=0.0)
     compared = _compared([row for row in rows if place(row, "at_kl") == kl], average, others, "control_gain")
-    what = f"Control gain at {kl:g} nats, the largest KL that all runs reached"
-    phrases = [f"the average's policy is worth {how} than that of {_WHO[role]} at equal KL" for how in ("more", "less")]
-    return [] if compared is None else [_claim(_WORTH[role], compared, what, (phrases[0], phrases[1]), at, source)]
+    # That KL is of all runs, not only of those with this coefficient.
+    what = f"Control gain at {kl:g} nats (the largest shown KL that all runs of this report reached)"
+    where = ("at equal KL", at, _STD)
+    return [] if compared is None else [_claim(_WORTH[role], compared, what, _worth(role), where, source)]
+
+
+def _worth(role: str) -> tuple[str, str]:
+    whose = f"than that of {_WHO[role]}"
+    return f"the average's policy is worth more {whose}", f"the average's policy is worth less {whose}"
 
 
 def _peaks(content: Mapping[str, Any], average: _Runs, singles: _Runs, at: str, source: str) -> list[Claim]:
@@ -190,8 +221,8 @@ def _peaks(content: Mapping[str, Any], average: _Runs, singles: _Runs, at: str, 
     rows, claims = table(content, "peaks"), []
     whose = f"that of {_WHO[_RM]}"
     if (compared := _compared(rows, average, singles, "control_gain")) is not None:
-        phrases = f"the average's policy peaks higher than {whose}", f"the average's policy peaks lower than {whose}"
-        claims.append(_claim(_HIGHER, compared, "Largest control gain", phrases, at, source))
+        where = ("at its peak", at, _STD)
+        claims.append(_claim(_HIGHER, compared, "Largest control gain", _worth(_RM), where, source))
     # A run that never rose has no peak. Of one that has not fallen by its end the peak may still come.
     rose = [row for row in rows if row.get("outcome") not in _NO_PEAK]
     if (compared := _compared(rose, average, singles, "kl")) is not None:
@@ -201,5 +232,5 @@ def _peaks(content: Mapping[str, Any], average: _Runs, singles: _Runs, at: str, 
             gap = Gap(gap.value, math.nan, math.nan)
             words += ", but in runs that have not fallen the peak may still come"
         phrases = f"the average's policy peaks later than {whose}", f"the average's policy peaks earlier than {whose}"
-        claims.append(_claim(_LATER, (gap, words), "KL in nats at the peak", phrases, at, source))
+        claims.append(_claim(_LATER, (gap, words), "KL in nats at the peak", phrases, ("", at, "nats"), source))
     return claims

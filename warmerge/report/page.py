@@ -17,16 +17,12 @@ from warmerge.report.page_cells import Cell, Table, rows_table
 from warmerge.report.page_claims import in_short
 from warmerge.report.page_markup import badge, shown
 from warmerge.report.page_style import SCRIPT, STYLE
-from warmerge.report.page_svg import inline_figures
+from warmerge.report.page_svg import inline_figures, too_many
 from warmerge.report.page_tables import tables_of
 from warmerge.report.page_words import about, facts, notes_of, words_of
 
 # Rows of a result that are shown in full; the others are in its CSV file.
 SHOWN_ROWS = 200
-# Tables of more rows than these are folded: on a screen they hide what comes after them.
-FOLDED_ROWS = 40
-# Cells of more letters than these get a wider column.
-_LONG = 28
 # Tables of more rows than these are folded: on a screen they hide what comes after them.
 FOLDED_ROWS = 40
 # Cells of more letters than these get a wider column.
@@ -42,12 +38,14 @@ class Result:
         kind: as in `results`.
         content: of its JSON file, without places on a machine.
         table: the file that has all its rows, as it may be shown; "" if there is none.
+        figure: the file that has its figure, likewise.
     """
 
     folder: str
     kind: str
     content: Mapping[str, Any]
     table: str = ""
+    figure: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def section(result: Result, anchor: str) -> Section:
         f'<section class="result" id="{anchor}" aria-labelledby="{anchor}-h">',
         f'<header><h2 id="{anchor}-h">{what.heading}</h2><p class="folder">{shown(result.folder)}</p>',
         f'<p class="what">{escape(what.measures)}</p></header>',
-        *(_figure(svg, label) for svg, label in inline_figures(kind, content, anchor, what.figures)),
+        *_figures(result, anchor),
         *(_table(table, f"{anchor}-t{i}") for i, table in enumerate(tables_of(kind, content), start=1)),
         _facts(facts(kind, content)),
         _says("What it says", words_of(content)),
@@ -151,6 +149,14 @@ def _contents(sections: Sequence[Section]) -> str:
 
 
 # --- parts of a section ---------------------------------------------------------------------------------------------
+
+
+def _figures(result: Result, anchor: str) -> list[str]:
+    if much := too_many(result.kind, result.content):
+        own = f" The folder's own is {shown(result.figure)}." if result.figure else ""
+        return [f'<p class="below">The figure is left out: {much} are more than can be read in a picture.{own}</p>']
+    drawn = inline_figures(result.kind, result.content, anchor, about(result.kind).figures)
+    return [_figure(svg, label) for svg, label in drawn]
 
 
 def _figure(svg: str, label: str) -> str:
