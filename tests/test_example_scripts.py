@@ -19,9 +19,7 @@ from loopback_hub import CLIENT_WARNING, LoopbackHub
 from reward_world import pairs
 from rl_worlds import same_weights
 from safetensors.torch import load_file
-from test_documented_commands import Reader, run_here
-
-from warmerge.pipeline import train as training
+from test_documented_commands import Reader
 
 EXAMPLES = ROOT / "examples"
 
@@ -65,7 +63,6 @@ def test_a_trainer_of_ones_own_is_given_the_average(
 
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    monkeypatch.setattr(training, "run_units", run_here)
     with LoopbackHub({}) as running:
         running.tokens = {"good"}
         running.use(monkeypatch, folder / "cache", token="good")
