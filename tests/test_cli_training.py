@@ -87,7 +87,7 @@ def test_unknown_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     done = here("train", "--base", "start", "--data", "pairs.jsonl", "-o", "runs", "--engine", "slurm", *QUICK)
     assert done.code == 2
-    assert "--engine: expected local or ray, found " in done.err
+    assert "--engine: expected local, ray or inline, found " in done.err
     assert not (folder / "runs").exists()
 
 
