@@ -37,6 +37,11 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)} | more
 
 
+def cells(line: str) -> list[str]:
+    """The cells of a table's line."""
+    return re.split(r" {2,}", line.strip())
+
+
 def run(*arguments: str | Path, cwd: Path) -> Done:
     """`python -m warmerge ...` in a process of its own; torch's import makes it take seconds."""
     done = subprocess.run(

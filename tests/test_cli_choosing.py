@@ -14,7 +14,7 @@ import numpy
 import pytest
 from reward_world import BAD, GOOD, NAMES, World, write_rows
 from safetensors.torch import load_file, save_file
-from test_cli import Done, here, run
+from test_cli import Done, cells, here, run
 
 from warmerge.pipeline import scorebook
 from warmerge.report import results
@@ -51,10 +51,6 @@ def models(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time of a small run; where results are the question, nothing is drawn."""
     monkeypatch.setitem(results._FIGURES, results.BON, (lambda *_: [], ("rows", "wins")))
-
-
-def cells(line: str) -> list[str]:
-    return re.split(r" {2,}", line.strip())
 
 
 # --- processes of their own -------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 from loopback_llm import Llm, by, failure, serve, slowly
-from test_cli import environment, here, run
+from test_cli import cells, environment, here, run
 
 from warmerge.pipeline.judging import llm as client
 from warmerge.pipeline.judging.template import TEMPLATE
@@ -51,10 +50,6 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def model() -> Iterator[Llm]:
     with serve(by(len)) as running:
         yield running
-
-
-def cells(line: str) -> list[str]:
-    return re.split(r" {2,}", line.strip())
 
 
 def test_a_function_in_a_process_of_its_own(place: Path) -> None:

@@ -5,18 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from result_contents import evaluation, theory
 from test_cli import Done, here, run
 
 from warmerge.report.claims import claims_of, in_words
 from warmerge.report.results import EVAL, THEORY, write_results
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_a_page_in_a_process_of_its_own(place: Path) -> None:

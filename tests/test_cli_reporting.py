@@ -8,24 +8,14 @@ from pathlib import Path
 
 import pytest
 from policy_runs import hacked, three_by_three, wins, write_run
-from test_cli import Done, here, run
+from test_cli import Done, cells, here, run
 
 from warmerge.report import results
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(results._FIGURES, results.RL, (lambda *_: [], ("rows",)))
-
-
-def cells(line: str) -> list[str]:
-    return re.split(r" {2,}", line.strip())
 
 
 def test_three_proxies_in_a_process_of_its_own(place: Path) -> None:

@@ -27,7 +27,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Another seed is another world, and other numbers.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """See WARM from beginning to end, on models trained in front of you. Offline, on a CPU, in about two minutes.
+    """See WARM from beginning to end, on models trained in front of you. Offline, on a CPU, in under three minutes.
 
     A tiny world in which the true worth of every answer is known: reward models with noisy labels, their average,
     connectivity, memorisation, best-of-n, a policy that learns to hack its reward. Each step is a command that you

@@ -80,7 +80,8 @@ def run_demo(
             say(f"({time.monotonic() - since:.1f} s)")
         for line in summary(json.loads(Path(EVAL_OUT, "eval.json").read_text(encoding="utf-8"))):
             say(line)
-    say(f"\n{len(story)} steps in {time.monotonic() - begun:.0f} s. To run them again, in another folder: {COMMANDS}")
+        say("\nFigures: " + ", ".join(map(str, sorted(Path().glob("*/*.png")))))
+    say(f"{len(story)} steps in {time.monotonic() - begun:.0f} s. To run them again, in another folder: {COMMANDS}")
     if quick:
         say("--quick: these models have hardly learned. The commands are the real ones, the numbers mean nothing.")
     return out / REPORT

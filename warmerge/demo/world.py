@@ -290,6 +290,7 @@ def save_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
+    """The command line, of `words` or of the process."""
     parser = argparse.ArgumentParser(prog="python -m warmerge.demo.world", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)

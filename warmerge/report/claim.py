@@ -157,6 +157,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def percent(share: float) -> str:
+    """A fraction as people say it."""
     return f"{100 * share:.1f} %"
 
 

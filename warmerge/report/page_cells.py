@@ -45,6 +45,7 @@ def rows_table(title: str, rows: Sequence[Row], most: int) -> Table:
 
 
 def set_column(name: str, rows: Iterable[Row]) -> tuple[str, str]:
+    """The head of a set's column: its name, and on how much it was measured."""
     return name, sizes(list(rows))
 
 
@@ -71,6 +72,7 @@ def measured(row: Row, key: str, prefix: str = "", form: str = ".3f", sign: str 
 
 
 def points(row: Row, key: str, prefix: str = "") -> Cell:
+    """A fraction with its interval, in points."""
     value, ends = number(row, key), interval(row, prefix)
     return measured(
         {"x": 100 * value, "low": 100 * ends[0], "high": 100 * ends[1]}, "x", form=".1f"
@@ -85,11 +87,13 @@ def span(row: Row, key: str, form: str, sign: str = "") -> Cell:
 
 
 def numeral(row: Row, key: str, form: str) -> Cell:
+    """A number without an interval."""
     value = number(row, key)
     return Cell("") if math.isnan(value) else Cell(shown(value, form), value=value)
 
 
 def count(row: Row, key: str) -> Cell:
+    """A whole number."""
     return numeral(row, key, ",.0f")
 
 

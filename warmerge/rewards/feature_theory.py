@@ -290,24 +290,28 @@ def simulate_accuracies(
 
 
 def checked_p(p: float) -> float:
+    """p, if it is a probability; else UsageError."""
     if not 0 <= p <= 1:
         raise UsageError(f"p: expected a probability from 0 to 1, found {p:g}")
     return p
 
 
 def checked_members(members: int) -> int:
+    """A number of members that the laws can be computed for; else UsageError."""
     if not 1 <= members <= MOST_MEMBERS:
         raise UsageError(f"--members: expected whole numbers from 1 to {MOST_MEMBERS:,}, found {members}")
     return members
 
 
 def checked_layers(layers: int) -> int:
+    """A number of layers that the laws can be computed for; else UsageError."""
     if not 1 <= layers <= MOST_LAYERS:
         raise UsageError(f"--layers: expected a whole number from 1 to {MOST_LAYERS}, found {layers}")
     return layers
 
 
 def checked_noise(noise: float) -> float:
+    """A standard deviation above 0; else UsageError."""
     if not (math.isfinite(noise) and noise > 0):
         raise UsageError(f"--noise: expected a standard deviation above 0, found {noise:g}")
     return noise
