@@ -19,8 +19,8 @@ from tiny_models import TEMPLATE, folder
 from warmerge.errors import Finding, UsageError
 from warmerge.report import model_card
 from warmerge.report.card import ANSWER, CARD_MARK, PROMPT, CardFacts, Example, scoring_lines
-from warmerge.report.card_results import read_results, reading
-from warmerge.report.card_text import clean, code, escaped
+from warmerge.report.card.results import read_results, reading
+from warmerge.report.card.text import clean, code, escaped
 
 ODD = [
     "yes", "1.0", "null", "- a", "a: b", "'", '"', "#", "---", "a\n---\nb", "é\u2028\x85", "\ud800", "\x1b[31m", "|",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from warmerge.errors import UsageError
-from warmerge.report.claim import over_seeds
 from warmerge.report.claims import Claim, claims_of, in_words
+from warmerge.report.claims.claim import over_seeds
 from warmerge.report.results import BON, CURVE, EVAL, RL, TRAINING, VS_M
 
 Row = dict[str, Any]

@@ -28,7 +28,7 @@ from warmerge.pipeline.engine import Outcome, Unit, run_units
 from warmerge.pipeline.report import write_report
 from warmerge.pipeline.rewarders import OwnFunction, Rewarder, load_rewarder, open_rewarder
 from warmerge.report.claims import Claim, claims_of
-from warmerge.report.page_claims import in_short
+from warmerge.report.page.claims import in_short
 from warmerge.rewards import feature_theory as theory
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.feature_theory import FeatureGroup, Scenario
@@ -225,7 +225,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return [folder / "f.svg"]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warmerge.report.page_svg.draw", drawn)
+    monkeypatch.setattr("warmerge.report.page.svg.draw", drawn)
     put("w", "eval", CONTENTS["eval"]())
     return tmp_path
 

@@ -144,7 +144,7 @@ PLANTED = [
     ("pipeline/inspect.py", "from matplotlib import pyplot", "matplotlib.pyplot"),
     ("weights/rules.py", "from warmerge.report.card import model_card", "warmerge.report.card"),
     ("rewards/config.py", "from warmerge.report import figures", "warmerge.report.figures"),
-    ("report/card.py", "from warmerge.weights.plan import MergePlan", "warmerge.weights.plan"),
+    ("report/card/text.py", "from warmerge.weights.plan import MergePlan", "warmerge.weights.plan"),
     ("report/figures.py", "from warmerge.rewards.config import effective_config", "warmerge.rewards.config"),
     ("report/__init__.py", "from ..weights import plan", "warmerge.weights.plan"),
     ("errors.py", "from warmerge.weights import plan", "warmerge.weights.plan"),
@@ -181,7 +181,7 @@ ALLOWED = [
         "report/figures.py",
         "import matplotlib\nfrom warmerge.errors import UsageError\nfrom warmerge.report import canvas",
     ),
-    ("report/card.py", "from . import rows\nfrom warmerge.version import versions"),
+    ("report/card/text.py", "from .. import rows\nfrom warmerge.version import versions"),
     ("cli.py", "import typer\nfrom warmerge.pipeline import average\nfrom warmerge.errors import Finding"),
     ("__main__.py", "from warmerge.cli import main"),
 ]

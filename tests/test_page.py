@@ -17,9 +17,9 @@ from result_contents import CONTENTS, bon, curve, evaluation, policies, training
 from warmerge.errors import UsageError
 from warmerge.report import results
 from warmerge.report.page import FOLDED_ROWS, SHOWN_ROWS, Result, Section, page, section
-from warmerge.report.page_claims import FOLDED_CLAIMS
-from warmerge.report.page_style import SCRIPT, STYLE
-from warmerge.report.page_svg import inline_svg
+from warmerge.report.page.claims import FOLDED_CLAIMS
+from warmerge.report.page.style import SCRIPT, STYLE
+from warmerge.report.page.svg import inline_svg
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 MINUS = "\N{MINUS SIGN}"
@@ -69,7 +69,7 @@ def without_figure(folder: Path, kind: str, _: Any) -> list[Path]:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("warmerge.report.page_svg.draw", without_figure)
+    monkeypatch.setattr("warmerge.report.page.svg.draw", without_figure)
 
 
 def made(*found: tuple[str, str, dict[str, Any]], title: str = "Results", remarks: Sequence[str] = ()) -> Parsed:

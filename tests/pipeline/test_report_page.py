@@ -16,7 +16,7 @@ from warmerge.errors import RefusedError, UsageError
 from warmerge.pipeline.report import write_report
 from warmerge.pipeline.rl_report import rl_report
 from warmerge.report import results
-from warmerge.report.page_places import without_places
+from warmerge.report.page.places import without_places
 
 
 def without_figure(folder: Path, kind: str, _: Any) -> list[Path]:
@@ -29,7 +29,7 @@ def without_figure(folder: Path, kind: str, _: Any) -> list[Path]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No figures: the page's own tests draw them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warmerge.report.page_svg.draw", without_figure)
+    monkeypatch.setattr("warmerge.report.page.svg.draw", without_figure)
     monkeypatch.setitem(results._FIGURES, results.RL, (lambda *_: [], ("rows",)))
     return tmp_path
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from warmerge.errors import Finding, quoted
 from warmerge.pipeline.rl_runs import RECORD
-from warmerge.report.page_words import about
+from warmerge.report.page.words import about
 from warmerge.report.results import BON, CURVE, EVAL, RL, THEORY, TRAINING, VS_M, WINRATE
 
 # In the order of the page, and what their JSON files call themselves. Of a training that stands in train.json.

@@ -16,8 +16,8 @@ from warmerge.pipeline.rl_runs import RECORD, ROWS
 from warmerge.pipeline.rl_summary import summary
 from warmerge.report.claims import Claim
 from warmerge.report.page import Result, Section, page, section
-from warmerge.report.page_places import without_places
-from warmerge.report.page_words import about
+from warmerge.report.page.places import without_places
+from warmerge.report.page.words import about
 from warmerge.report.results import RL, TRAINING, write_text
 
 # What tells a run of `rl` from another; an rl-report that has all of it has this run.

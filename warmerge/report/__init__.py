@@ -1,15 +1,12 @@
 """Rows -> figures and texts for people. The only package that imports matplotlib, and only when it draws.
 
-card      the README.md of a reward model; card_results its numbers, card_figures its pictures, card_text its words
 results   files of a run, and their figures
 rows      what the figures read out of rows; names that fit and stay distinct
 canvas    how every figure looks, and how it is saved: the same bytes each time
-figures   the figures themselves
-learning  learning curves of a run's members
-best_of_n best-of-N: rewards against n, win rates
-optimisation policies: control and proxy against steps and KL; optimisation_words the same in sentences
-win_rates policies against each other
-page      one page of HTML for many results; page_* its tables, words, figures and looks
+figures   of eval and lmc-curve; learning, best_of_n, optimisation (and its words), win_rates, theory: the others
+card/     the README.md of a reward model: its numbers, pictures and words
+claims/   what results say of the paper's claims
+page/     one page of HTML for many results: its tables, words, figures and looks
 """
 
 from warmerge.report.best_of_n import best_of_n_figure

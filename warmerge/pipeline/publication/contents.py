@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from warmerge.report.card_text import public_warnings
+from warmerge.report.card.text import public_warnings
 from warmerge.weights import small_files
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, INDEX, Checkpoint, parse_json
 from warmerge.weights.folder import LocalFolder, read_bytes

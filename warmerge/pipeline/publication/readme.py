@@ -12,7 +12,7 @@ from warmerge.pipeline.publication.contents import CARD, CURVE_FIGURE, EVAL_FIGU
 from warmerge.pipeline.publication.example import fits_in_memory, run_example, texts_of
 from warmerge.pipeline.publication.measured import Measured
 from warmerge.report.card import CARD_MARK, CardFacts, model_card
-from warmerge.report.card_figures import curve_picture, eval_picture
+from warmerge.report.card.figures import curve_picture, eval_picture
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from warmerge.report.page_cells import Cell, Table, count, measured, named, numeral, share, span
+from warmerge.report.page.cells import Cell, Table, count, measured, named, numeral, share, span
 from warmerge.report.rows import Row, number, place, sizes, text
 
 Content = Mapping[str, Any]

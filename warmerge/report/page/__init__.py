@@ -13,13 +13,13 @@ from typing import Any
 
 from warmerge.errors import counted, plain
 from warmerge.report.claims import Claim, claims_of
-from warmerge.report.page_cells import Cell, Table, rows_table
-from warmerge.report.page_claims import in_short
-from warmerge.report.page_markup import badge, shown
-from warmerge.report.page_style import SCRIPT, STYLE
-from warmerge.report.page_svg import inline_figures, too_many
-from warmerge.report.page_tables import tables_of
-from warmerge.report.page_words import about, facts, notes_of, words_of
+from warmerge.report.page.cells import Cell, Table, rows_table
+from warmerge.report.page.claims import in_short
+from warmerge.report.page.markup import badge, shown
+from warmerge.report.page.style import SCRIPT, STYLE
+from warmerge.report.page.svg import inline_figures, too_many
+from warmerge.report.page.tables import tables_of
+from warmerge.report.page.words import about, facts, notes_of, words_of
 
 # Rows of a result that are shown in full; the others are in its CSV file.
 SHOWN_ROWS = 200

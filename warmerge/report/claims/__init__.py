@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from warmerge.errors import UsageError, plain
-from warmerge.report.claim import AGREES, DISAGREES, UNCLEAR, Claim
-from warmerge.report.claims_on_accuracy import eval_claims
-from warmerge.report.claims_on_choices import bon_claims
-from warmerge.report.claims_on_paths import curve_claims, vs_m_claims
-from warmerge.report.claims_on_policies import rl_claims
+from warmerge.report.claims.claim import AGREES, DISAGREES, UNCLEAR, Claim
+from warmerge.report.claims.on_accuracy import eval_claims
+from warmerge.report.claims.on_choices import bon_claims
+from warmerge.report.claims.on_paths import curve_claims, vs_m_claims
+from warmerge.report.claims.on_policies import rl_claims
 from warmerge.report.results import BON, CURVE, EVAL, RL, VS_M
 
 __all__ = ["Claim", "claims_of", "in_words"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import plain
-from warmerge.report.claim import (
+from warmerge.report.claims.claim import (
     AGREES,
     DISAGREES,
     TOO_FEW,

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from warmerge.errors import UsageError, quoted
-from warmerge.report.card_results import (
+from warmerge.report.card.results import (
     Results,
     curve_lines,
     index_results,
@@ -21,7 +21,7 @@ from warmerge.report.card_results import (
     read_results,
     result_lines,
 )
-from warmerge.report.card_text import (
+from warmerge.report.card.text import (
     clean,
     code,
     escaped,

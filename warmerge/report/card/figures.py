@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmerge.report.card_results import public_sets, read_results
+from warmerge.report.card.results import public_sets, read_results
 from warmerge.report.figures import eval_figure, lmc_figure
 from warmerge.report.rows import Row, ends, text
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warmerge.errors import UsageError, some
-from warmerge.report.card_text import clean, escaped, left_out, table, without_paths
+from warmerge.report.card.text import clean, escaped, left_out, table, without_paths
 from warmerge.report.rows import Row, accuracy, ends, interval, number, sizes, text
 
 THIS = "this model"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from warmerge.report.page_cells import (
+from warmerge.report.page.cells import (
     Cell,
     Table,
     count,
@@ -19,7 +19,7 @@ from warmerge.report.page_cells import (
     set_column,
     share,
 )
-from warmerge.report.page_policies import bon_tables, rl_tables, winrate_tables
+from warmerge.report.page.policies import bon_tables, rl_tables, winrate_tables
 from warmerge.report.results import BON, CURVE, EVAL, RL, THEORY, TRAINING, VS_M, WINRATE
 from warmerge.report.rows import Row, flag, groups, number, place, sizes, text
 

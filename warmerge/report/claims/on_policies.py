@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from warmerge.errors import counted
-from warmerge.report.claim import (
+from warmerge.report.claims.claim import (
     AGREES,
     DISAGREES,
     UNCLEAR,

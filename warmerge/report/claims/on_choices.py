@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from warmerge.errors import UsageError, counted, plain
-from warmerge.report.claim import (
+from warmerge.report.claims.claim import (
     AGREES,
     DISAGREES,
     TOO_FEW,

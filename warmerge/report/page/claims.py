@@ -7,8 +7,8 @@ from html import escape
 
 from warmerge.errors import counted, plain
 from warmerge.report.claims import Claim, in_words
-from warmerge.report.page_markup import badge, shown
-from warmerge.report.page_words import joined
+from warmerge.report.page.markup import badge, shown
+from warmerge.report.page.words import joined
 
 # More comparisons with the paper than these are folded, statement by statement.
 FOLDED_CLAIMS = 8
