@@ -22,8 +22,8 @@ from warmerge.rewards.scoring import Tokens, doubts_of, score
 from warmerge.version import versions
 from warmerge.weights.average import plan_fingerprint
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, Checkpoint
-from warmerge.weights.compat import is_head
 from warmerge.weights.folder import LocalFolder
+from warmerge.weights.heads import is_head
 from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.output import made_of
 from warmerge.weights.plan import MergePlan

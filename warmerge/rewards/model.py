@@ -18,22 +18,14 @@ from warmerge.rewards.tokenizer import open_renderer, pad_doubts, quiet
 from warmerge.weights import small_files
 from warmerge.weights.average import choose_device, merge_into
 from warmerge.weights.checkpoint import INDEX, SINGLE, Checkpoint, Stored, Tensor, read_json
-from warmerge.weights.compat import FINAL_WEIGHTS, is_head
 from warmerge.weights.folder import LocalFolder, read_bytes
+from warmerge.weights.heads import FINAL_WEIGHTS, HEAD_RENAMES, is_head
 from warmerge.weights.kernels import INTEGER_DTYPE, TORCH_DTYPE
 from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.plan import MergePlan, choose_threads, plan_merge
 from warmerge.weights.rules import RULES, Options
 from warmerge.weights.stream import Engine
 
-# Reward heads by other names: stored -> name in transformers. TRL's and OpenRLHF's heads are linear maps of the hidden
-# state of the last token, be it the padding token or not; `score` is the same with a config that has no padding id.
-HEAD_RENAMES = {
-    "value_head.weight": "score.weight",
-    "value_head.bias": "score.bias",
-    "v_head.summary.weight": "score.weight",
-    "v_head.summary.bias": "score.bias",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The output layer of a language model beside a value head: no reward uses it.
 _LM_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight")

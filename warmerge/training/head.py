@@ -14,8 +14,8 @@ import torch
 
 from warmerge.errors import Finding, RefusedError, some
 from warmerge.weights.checkpoint import Checkpoint, read_checkpoint
-from warmerge.weights.compat import is_head
 from warmerge.weights.folder import open_folder, read_bytes
+from warmerge.weights.heads import is_head
 from warmerge.weights.kernels import TORCH_DTYPE, memory
 from warmerge.weights.locate import open_checkpoint
 

@@ -19,7 +19,6 @@ import torch
 from warmerge.errors import Finding, RefusedError, UsageError, quoted, some
 from warmerge.rewards.model import (
     DTYPES,
-    HEAD_RENAMES,
     LoadOptions,
     head_layers,
     is_causal,
@@ -31,8 +30,8 @@ from warmerge.version import versions
 from warmerge.weights import small_files
 from warmerge.weights.average import merge_into, write_merge
 from warmerge.weights.checkpoint import Checkpoint
-from warmerge.weights.compat import is_head
 from warmerge.weights.folder import read_bytes
+from warmerge.weights.heads import HEAD_RENAMES, is_head
 from warmerge.weights.kernels import INTEGER_DTYPE, TORCH_DTYPE
 from warmerge.weights.locate import make_local
 from warmerge.weights.output import MANIFEST

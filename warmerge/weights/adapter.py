@@ -17,8 +17,8 @@ from typing import Any
 from warmerge.errors import Finding, RefusedError, quoted, some
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, LowRank, Stored, Tensor, read_json
 from warmerge.weights.classifier_config import BETWEEN, reward_config
-from warmerge.weights.compat import FINAL_WEIGHTS, is_head
 from warmerge.weights.folder import Folder, read_bytes
+from warmerge.weights.heads import FINAL_WEIGHTS, is_head
 from warmerge.weights.safetensors_format import AVERAGED, parse_header
 from warmerge.weights.small_files import architecture as architecture_of
 from warmerge.weights.small_files import num_labels, pad_token_id

@@ -8,8 +8,8 @@ from typing import Any
 
 from warmerge.errors import Finding, quoted, some
 from warmerge.weights.checkpoint import Tensor, read_json
-from warmerge.weights.compat import FINAL_WEIGHTS, is_head
 from warmerge.weights.folder import Folder
+from warmerge.weights.heads import FINAL_WEIGHTS, is_head
 from warmerge.weights.small_files import pad_token_id
 
 Config = Mapping[str, Any]

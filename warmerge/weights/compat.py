@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from warmerge.errors import Finding, plain, quoted, some
 from warmerge.weights.checkpoint import Checkpoint
+from warmerge.weights.heads import FINAL_WEIGHTS, is_head
 from warmerge.weights.plan import Selection
 from warmerge.weights.safetensors_format import AVERAGED, COMPARED
 from warmerge.weights.small_files import (
@@ -20,25 +21,6 @@ from warmerge.weights.small_files import (
     compare_tokenizers,
     num_labels,
 )
-
-# One component of a tensor's name tells a reward head, whatever the architecture around it.
-HEAD_NAMES = frozenset(
-    {
-        "score", "classifier", "classification_head", "value_head", "v_head", "reward_head", "rm_head",
-        "regression_layer", "reward_model_head", "logits_proj",
-    }
-)  # fmt: skip
-# Its rows are the model's labels.
-FINAL_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-
-
-def is_head(name: str) -> bool:
-    """Whether a tensor belongs to a reward head.
-
-    >>> is_head("score.weight"), is_head("model.layers.0.mlp.gate.e_score_correction_bias")
-    (True, False)
-    """
-    return not HEAD_NAMES.isdisjoint(name.split("."))
 
 
 def check(

@@ -10,7 +10,7 @@ from itertools import chain
 
 from warmerge.errors import Finding, RefusedError, plain
 from warmerge.weights.checkpoint import Checkpoint
-from warmerge.weights.compat import is_head
+from warmerge.weights.heads import is_head
 from warmerge.weights.plan import TensorPlan, natural_order
 from warmerge.weights.safetensors_format import AVERAGED
 from warmerge.weights.stream import Engine, refuse_changed, refuse_nonfinite

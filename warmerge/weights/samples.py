@@ -14,8 +14,8 @@ import torch
 
 from warmerge.errors import Finding, plain
 from warmerge.weights.checkpoint import Checkpoint, Stored, Tensor
-from warmerge.weights.compat import is_head
 from warmerge.weights.folder import LocalFolder, read_bytes
+from warmerge.weights.heads import is_head
 from warmerge.weights.kernels import TORCH_DTYPE
 from warmerge.weights.remote.read_ahead import Piece, read_pieces
 from warmerge.weights.safetensors_format import AVERAGED, BITS
