@@ -1,0 +1,1 @@
+"""A policy optimised against a reward: its settings, the reward formula, TRL's trainer, the run and its record."""
