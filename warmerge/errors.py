@@ -9,10 +9,13 @@ WarmergeError            exit code 1   something could not be done
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _SHOWN = 20
+# Of one name in a message; the longest path that Linux opens has 4,095 bytes, a tensor's name may have millions.
+_LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Finding:
     """One reason to refuse, or to warn: where it was found, and one sentence about it.
 
     `where` is a member or a file as the user would name it; `tensor` is a tensor's name or None.
-    Names come from files that anybody may have written, so they are shown with `quoted`.
+    Names come from files that anybody may have written, so they are shown with `quoted`; so may what a library says of
+    a damaged file, which becomes one line without control characters.
 
     >>> print(Finding("runs/1", "is NaN at element 3", tensor="score.weight"))
     runs/1: tensor 'score.weight' is NaN at element 3
@@ -31,10 +35,10 @@ class Finding:
     tensor: str | None = None
 
     def __str__(self) -> str:
-        place = plain(self.where)
-        if self.tensor is None:
-            return f"{place}: {self.what}"
-        return f"{place}: tensor {quoted(self.tensor)} {self.what}"
+        place, what = plain(self.where), self.what
+        if not what.isprintable():
+            what = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(what.split()))
+        return f"{place}: {what}" if self.tensor is None else f"{place}: tensor {quoted(self.tensor)} {what}"
 
 
 class WarmergeError(Exception):
@@ -74,13 +78,25 @@ class Interrupted(WarmergeError):  # noqa: N818 - not a fault
     exit_code = 130
 
 
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Gives an OSError that names no file the name of this one: a full disk is met on writing, a failing one on
+    reading, where a number stands for the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # libraries raise some that are sentences
+            error.filename = str(path)
+        raise
+
+
 def quoted(name: str) -> str:
     r"""`name` in quotes with control characters escaped, so that a file cannot write to the terminal.
 
     >>> quoted("a\x1b[31m")
     "'a\\x1b[31m'"
     """
-    return repr(name)
+    return repr(name) if len(name) <= _LONGEST else f"{name[:_LONGEST]!r}... ({len(name):,} characters)"
 
 
 def plain(text: str) -> str:
@@ -89,7 +105,7 @@ def plain(text: str) -> str:
     >>> plain("runs/1"), plain("a\x00")
     ('runs/1', "'a\\x00'")
     """
-    return text if text.isprintable() else repr(text)
+    return text if text.isprintable() and len(text) <= _LONGEST else quoted(text)
 
 
 def counted(number: int, noun: str) -> str:

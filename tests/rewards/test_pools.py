@@ -258,7 +258,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("gold text", {"gold": ["1", 2]}, "'gold[0]' is \"1\", expected a finite number"),
     ("gold null inside", {"gold": [None, 2]}, "'gold[0]' is null, expected a finite number"),
     ("gold nested", {"gold": [[1], 2]}, "'gold[0]' is [1], expected a finite number"),
-    ("gold beyond float", {"gold": [1, 10**400]}, f"'gold[1]' is 1{'0' * 39}, expected a finite number"),
+    ("gold beyond float", {"gold": [1, 10**400]}, "is not JSON (a number in it has 401 digits)"),
     ("gold missing", {"gold": GONE}, "has no 'gold', which other rows have"),
     ("gold null", {"gold": None}, "has no 'gold', which other rows have"),
     ("finished missing", {"finished": GONE}, "has no 'finished', which other rows have"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from warmerge.errors import Finding, quoted
 from warmerge.pipeline.rl_runs import RECORD
 from warmerge.report.page.words import about
 from warmerge.report.results import BON, CURVE, EVAL, RL, THEORY, TRAINING, VS_M, WINRATE
+from warmerge.weights.foreign_json import finite, parse, text_of
 
 # In the order of the page, and what their JSON files call themselves. Of a training that stands in train.json.
 FORMATS = {
@@ -109,12 +109,9 @@ def _training_record(path: Path, findings: list[Finding]) -> dict[str, Any]:
 
 
 def _json(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        content = parse(text_of(path), parse_constant=finite, parse_float=finite)
+    except ValueError as error:
         findings.append(Finding(str(path), f"is not JSON: {error}"))
         return None
     except OSError as error:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from warmerge.errors import naming
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -23,8 +25,10 @@ def write_kept(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, s
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(save(dict(arrays), metadata={**metadata, "digest": _digest(arrays, metadata)}))
-    os.replace(partial, path)
+    data = save(dict(arrays), metadata={**metadata, "digest": _digest(arrays, metadata)})
+    with naming(path):
+        partial.write_bytes(data)
+        os.replace(partial, path)
 
 
 def read_kept(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

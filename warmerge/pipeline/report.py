@@ -19,6 +19,7 @@ from warmerge.report.page import Result, Section, page, section
 from warmerge.report.page.places import without_places
 from warmerge.report.page.words import about
 from warmerge.report.results import RL, TRAINING, write_text
+from warmerge.weights.foreign_json import parse, text_of
 
 # What tells a run of `rl` from another; an rl-report that has all of it has this run.
 _RUN = ("policy", "prompts", "control", "proxy", "settings")
@@ -168,7 +169,7 @@ def _sections(
             sections.append(section(result, f"r{len(sections) + 1}"))
         except UsageError as error:
             findings.append(Finding(str(found.path), str(error).removeprefix("figure: ")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             # The file is anybody's: what a command of ours always writes may be missing, or be something else.
             what = f"is not as warmerge {about(kind).command} writes it ({type(error).__name__}: {error})"
             findings.append(Finding(str(found.path), what))
@@ -197,10 +198,10 @@ def _key(run: Mapping[str, Any]) -> str:
 def _is_left_out(found: Found, covered: set[str], remarks: list[Finding]) -> bool:
     """Whether a run is in one of the reports as it is now, or has no control reward to report."""
     try:
-        record = json.loads(found.path.read_text(encoding="utf-8"))
-        rows = found.path.with_name(ROWS).read_text(encoding="utf-8")
+        record = parse(text_of(found.path))
+        rows = text_of(found.path.with_name(ROWS))
         key = _key({**record, "steps": len(rows.split("\n")) - 1})
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return False  # it is refused, with its reason, when it is read in earnest
     if key in covered:
         return True

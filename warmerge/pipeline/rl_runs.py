@@ -14,6 +14,7 @@ from warmerge.errors import Finding, RefusedError, plain, quoted
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.reinforce.settings import FREE
 from warmerge.rewards.over_optimisation import Run
+from warmerge.weights.foreign_json import finite, parse, text_of
 
 RECORD, ROWS, FORMAT = "rl.json", "rows.jsonl", "warmerge rl 1"
 # Needed on every step, and of the control reward where it was measured.
@@ -208,11 +209,14 @@ def _record(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
     """rl.json; None, and why, where something needed is missing."""
     where = str(path)
     try:
-        record = _json(path.read_text(encoding="utf-8"))
+        record = _json(text_of(path))
     except FileNotFoundError:
         findings.append(Finding(where, "is missing; it is written by warmerge rl, beside its rows"))
         return None
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        findings.append(Finding(where, f"cannot be read: {error.strerror}"))
+        return None
+    except ValueError as error:
         findings.append(Finding(where, f"is not JSON: {error}"))
         return None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -234,12 +238,15 @@ def _record(path: Path, findings: list[Finding]) -> dict[str, Any] | None:
 def _steps(path: Path, finished: bool, findings: list[Finding], warnings: list[Finding]) -> list[dict[str, Any]]:
     """The rows of all steps. Of a run that still goes on, a last line that is half written is left out, and said."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
     except FileNotFoundError:
         findings.append(Finding(str(path), f"is missing; it is written by warmerge rl, beside {RECORD}"))
         return []
     except UnicodeDecodeError as error:
         findings.append(Finding(str(path), f"is not UTF-8: {error}"))
+        return []
+    except (OSError, ValueError) as error:
+        findings.append(Finding(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
         return []
     *lines, last = text.split("\n")
     if last and finished:
@@ -262,7 +269,7 @@ def _row(line: str, expected: int) -> tuple[dict[str, Any], str | None]:
     """The row of a step, and what is wrong with it."""
     try:
         row = _json(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return {}, f"is not JSON: {error}"
     if not isinstance(row, dict):
         return {}, f"is no JSON object: {quoted(line[:40])}"
@@ -277,10 +284,7 @@ def _row(line: str, expected: int) -> tuple[dict[str, Any], str | None]:
 
 
 def _json(text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    return json.loads(text, parse_constant=refuse)
+    return parse(text, parse_constant=finite)
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from warmerge.errors import plain
+from warmerge.errors import naming, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,9 +72,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes .png, .svg or .pdf, the same bytes for the same figure."""
-    with style():
-        figure.savefig(path, metadata=_METADATA.get(path.suffix.lower()))
+    """Writes .png, .svg or .pdf, the same bytes for the same figure; the file appears whole or not at all."""
+    ending, partial = path.suffix.lower(), path.with_name(f".{path.name}.partial")
+    with style(), naming(path):
+        figure.savefig(partial, format=ending.removeprefix("."), metadata=_METADATA.get(ending))
+        os.replace(partial, path)
     return path
 
 

@@ -7,11 +7,12 @@ import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import UsageError, plain
+from warmerge.errors import UsageError, naming, plain
 from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
 from warmerge.report.learning import learning_figure
@@ -19,11 +20,15 @@ from warmerge.report.optimisation import optimisation_figure
 from warmerge.report.theory import theory_figure
 from warmerge.report.win_rates import win_rate_figure
 
+# Of a result's JSON file, in bytes: a hundred times what any command writes.
+_LARGEST = 100_000_000
 # What each kind of result is: its JSON file's stem, its tables; what draws it, and from which of them.
 EVAL, CURVE, VS_M, TRAINING, BON = "eval", "curve", "vs_m", "training", "bon"
 RL = "rl-report"
 WINRATE = "winrate"
 THEORY = "theory"
+# KIND.json while it is not yet to be found.
+_NUMBERS = "numbers"
 _TABLES = {
     EVAL: ("rows", "differences", "movements"),
     CURVE: ("rows", "verdicts"),
@@ -61,16 +66,38 @@ def check_results(folder: Path, kind: str, overwrite: bool) -> None:
 def write_results(folder: Path, kind: str, content: Mapping[str, Any]) -> list[Path]:
     """Writes KIND.json, a CSV file for each table that has rows, and the figure as PNG and SVG. Returns their paths.
 
-    NaN becomes null in JSON and an empty cell in CSV. What an earlier run wrote of this kind is replaced or removed.
+    NaN becomes null in JSON and an empty cell in CSV. What an earlier run wrote of this kind is replaced or removed,
+    once all numbers are on the disk: KIND.json goes first and comes back last, so that nothing of another run lies
+    beside it. Where a figure cannot be drawn the numbers are there all the same.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [write_text(folder / f"{kind}.json", json.dumps(without_nan(content), indent=2) + "\n")]
-    for table in _TABLES[kind]:
-        path = folder / (f"{kind}.csv" if table == "rows" else f"{kind}-{table}.csv")
-        path.unlink(missing_ok=True)
+    fresh = folder / f".{kind}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write_text(fresh / _NUMBERS, json.dumps(without_nan(content), indent=2) + "\n")
+    written = [folder / f"{kind}.json"]
+    for table, name in _table_files(kind).items():
         if content.get(table):
-            written.append(write_text(path, csv_text(content[table])))
-    return written + draw(folder, kind, content)
+            written.append(folder / write_text(fresh / name, csv_text(content[table])).name)
+    try:
+        return written + [folder / path.name for path in draw(fresh, kind, content)]
+    finally:
+        _publish(fresh, folder, kind)
+
+
+def _publish(fresh: Path, folder: Path, kind: str) -> None:
+    figures = [f"{kind}{which}{ending}" for which in ("", "-wins") for ending in (".png", ".svg")]
+    for name in (f"{kind}.json", *_table_files(kind).values(), *figures):
+        (folder / name).unlink(missing_ok=True)
+    for path in fresh.iterdir():
+        if path.name != _NUMBERS and not path.name.startswith("."):
+            os.replace(path, folder / path.name)
+    os.replace(fresh / _NUMBERS, folder / f"{kind}.json")
+    shutil.rmtree(fresh)
+
+
+def _table_files(kind: str) -> dict[str, str]:
+    """Table -> the name of its CSV file."""
+    return {table: f"{kind}.csv" if table == "rows" else f"{kind}-{table}.csv" for table in _TABLES[kind]}
 
 
 def redraw(folder: Path) -> list[Path]:
@@ -85,14 +112,21 @@ def redraw(folder: Path) -> list[Path]:
         raise UsageError(f"{plain(str(folder))}: no results to draw; expected one of {names}")
     drawn = []
     for kind in found:
+        path, where = folder / f"{kind}.json", f"{plain(str(folder / kind))}.json"
+        if path.stat().st_size > _LARGEST:
+            raise UsageError(f"{where} has {path.stat().st_size:,} bytes, expected {_LARGEST:,} at most")
         try:
-            content = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             known = all(isinstance(row, dict) for row in content["rows"])
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:
-            raise UsageError(f"{plain(str(folder / kind))}.json is not a result of warmerge")
-        drawn += draw(folder, kind, content)
+            raise UsageError(f"{where} is not a result of warmerge")
+        try:
+            drawn += draw(folder, kind, content)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            # The file is anybody's: what a command of ours always writes may be missing, or be something else.
+            raise UsageError(f"{where} is not as warmerge writes it ({type(error).__name__})") from error
     return drawn
 
 
@@ -113,8 +147,9 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_text(path: Path, text: str) -> Path:
     """Writes a file that appears whole or not at all. Half a character, as in a file name, becomes an escape."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        os.replace(partial, path)
     return path
 
 

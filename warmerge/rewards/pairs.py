@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import random
 import re
 import zlib
@@ -17,6 +16,7 @@ from typing import Any
 
 from warmerge.errors import Finding, RefusedError, RemoteError, UsageError, plain, quoted, some
 from warmerge.rewards.layouts import LAYOUTS, BadRow, Comparison, Message, Row, Text, canonical, recognise
+from warmerge.weights import foreign_json
 
 __all__ = [
     "Comparison", "Message", "PreferenceSet", "Text", "UniqueTexts",
@@ -26,6 +26,11 @@ __all__ = [
 _SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>[\w.-]+))?")
 _SHOWN = 10
+# All rows are held in memory, where a row of three bytes takes three hundred.
+_MOST_BYTES, _MOST_ROWS, _MOST_UNREADABLE = 10_000_000_000, 10_000_000, 100_000
+# What is packed may say more than it is large, but a few bytes that unpack to gigabytes are no texts.
+_UNPACKED, _PACKING = 100_000_000, 100
+_MARK = b"\xef\xbb\xbf"
 Place = tuple[str, int]
 
 
@@ -252,8 +257,9 @@ def _file_rows(path: Path, label: str) -> list[tuple[str, int, Row | Finding]]:
         rows = enumerate(_parquet(path, label), 1)
         return [(label, number, _checked(row, (label, number))) for number, row in rows]
     try:
-        data = path.read_bytes()
-        data = (gzip.decompress(data) if name.endswith(".gz") else data).removeprefix(b"\xef\xbb\xbf")
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise RefusedError([_too_much(label, f"has {size:,} bytes", f"{_MOST_BYTES:,}")])
+        data = (_unpacked(path, size, label) if name.endswith(".gz") else path.read_bytes()).removeprefix(_MARK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise RefusedError([Finding(label, f"is cut off or damaged ({error}); fetch it again")]) from error
     except OSError as error:
@@ -262,20 +268,53 @@ def _file_rows(path: Path, label: str) -> list[tuple[str, int, Row | Finding]]:
         array = _parsed(data, (label, 1))
         if isinstance(array, Finding):
             raise RefusedError([Finding(label, array.what)])
-        return [(label, number, _checked(row, (label, number))) for number, row in enumerate(array, 1)]
+        if len(array) > _MOST_ROWS:
+            raise RefusedError([_too_much(label, f"has {len(array):,} rows", f"{_MOST_ROWS:,}")])
+        return _readable_rows(label, ((number, row) for number, row in enumerate(array, 1)))
+    if (count := data.count(b"\n")) > _MOST_ROWS:
+        raise RefusedError([_too_much(label, f"has {count:,} lines", f"{_MOST_ROWS:,}")])
     # Lines end in \n alone: a \r or U+2028 may stand inside of a row.
-    lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    return [(label, number, _checked(_parsed(line, (label, number)), (label, number))) for number, line in lines]
+    lines = ((number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip())
+    return _readable_rows(label, ((number, _parsed(line, (label, number))) for number, line in lines))
+
+
+def _readable_rows(label: str, rows: Iterable[tuple[int, Any]]) -> list[tuple[str, int, Row | Finding]]:
+    """The rows with their places. A file in which row after row is no object is refused: it is no data."""
+    found, unreadable = [], 0
+    for number, row in rows:
+        checked = _checked(row, (label, number))
+        unreadable += isinstance(checked, Finding)
+        if isinstance(checked, Finding) and unreadable > _MOST_UNREADABLE:
+            what = f"is the last of {unreadable:,} rows that cannot be read ({checked.what}); is it a data file?"
+            raise RefusedError([Finding(checked.where, what)])
+        found.append((label, number, checked))
+    return found
+
+
+def _unpacked(path: Path, size: int, label: str) -> bytes:
+    """What a .gz holds, as long as that is no more than texts can be packed."""
+    limit, parts, total = max(_UNPACKED, _PACKING * size), [], 0
+    with gzip.open(path) as file:
+        while part := file.read(1 << 24):
+            parts.append(part)
+            total += len(part)
+            if total > limit:
+                raise RefusedError([_too_much(label, f"has {size:,} bytes, which unpack to more", f"{limit:,} bytes")])
+    return b"".join(parts)
+
+
+def _too_much(label: str, found: str, limit: str) -> Finding:
+    return Finding(label, f"{found}, expected {limit} at most; unpack it where you trust it, or cut it into files")
 
 
 def _parsed(data: bytes, place: Place) -> Any:
     """What JSON says, or a Finding why it cannot be read."""
     where = f"{place[0]}:{place[1]}"
     try:
-        return json.loads(data.decode())
+        return foreign_json.parse(data)
     except UnicodeDecodeError as error:
         return Finding(where, f"is not UTF-8 (byte {error.start})")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Finding(where, f"is not JSON ({error})")
 
 
@@ -288,10 +327,22 @@ def _checked(row: Any, place: Place) -> Row | Finding:
 
 def _parquet(path: Path, label: str) -> list[Any]:
     arrow, parquet = _library("pyarrow"), _library("pyarrow.parquet")
+    rows: list[Any] = []
+    limit, unpacked = max(_UNPACKED, _PACKING * path.stat().st_size), 0
     try:
         with parquet.ParquetFile(path) as file:
-            rows: list[Any] = file.read().to_pylist()
-    except (OSError, ValueError, arrow.ArrowException) as error:
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise RefusedError([_too_much(label, f"has {file.metadata.num_rows:,} rows", f"{_MOST_ROWS:,}")])
+            for batch in file.iter_batches(batch_size=64):
+                # A value that is kept once for many rows is not counted by arrow, and copied for each by Python.
+                shared = "dictionary" in str(batch.schema)
+                for part in (batch.slice(i, 1) for i in range(batch.num_rows)) if shared else (batch,):
+                    found = part.to_pylist() if part.nbytes <= limit else []
+                    unpacked += len(str(found)) if shared else part.nbytes
+                    if unpacked > limit:
+                        raise RefusedError([_too_much(label, "has values that unpack to more", f"{limit:,} bytes")])
+                    rows += found
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
         raise RefusedError([Finding(label, f"cannot be read as Parquet ({error})")]) from error
     return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os.path
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from warmerge.rewards.layouts import Comparison, Text
 from warmerge.rewards.pairs import parse_named, read_preferences
 from warmerge.rewards.pools import said
 from warmerge.training.record import MEMBERS, TRAIN
+from warmerge.weights.foreign_json import parse, text_of
 from warmerge.weights.output import made_of
 
 
@@ -40,20 +41,22 @@ def _runs(folder: Path, above: frozenset[Path] = frozenset()) -> set[Path]:
     # Members, the base of task vectors, and what a head was fitted for.
     named = [str(entry["checkpoint"]) for entry in made_of(folder) if "checkpoint" in entry]
     # As it was typed: relative to where the merge was made, which is often here, or beside its output.
-    places = [place for name in named for place in (Path(name), folder.parent / name) if place.is_dir()]
+    places = [place for name in named for place in (Path(name), folder.parent / name) if os.path.isdir(place)]
     return {run for place in places for run in _runs(place, above | {folder})}
 
 
 def _shared(run: Path, wanted: set[str]) -> list[Finding]:
     where = str(run / TRAIN)
     try:
-        record = json.loads((run / TRAIN).read_text(encoding="utf-8"))
+        record = parse(text_of(run / TRAIN))
         asked, limit, seed = record["asked"], record["measuring"]["limit"], record["measuring"]["seed"]
         source, fingerprint = parse_named(asked["data"])[1], asked["data_fingerprint"]
+        if type(seed) is not int or not (limit is None or type(limit) is int):
+            raise ValueError("no such sample can be drawn")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, WarmergeError):
         return [Finding(where, "cannot be read: whether these models were trained on these prompts is unknown")]
     # Relative to where it was typed: beside the run's folder most often, or here.
-    path = next((place for place in (run.parent / source, Path(source)) if place.exists()), None)
+    path = next((place for place in (run.parent / source, Path(source)) if os.path.exists(place)), None)
     if path is None:
         what = f"its training data {plain(source)} is not here: whether it holds these prompts is unknown"
         return [Finding(where, what)]

@@ -7,11 +7,11 @@ compute. https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import math
+import os.path
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, quoted, some
@@ -35,6 +35,10 @@ _KNOWN_FIELDS = frozenset(
 )  # fmt: skip
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights before training.
 _INITS_THAT_KEEP_THE_BASE = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
+# A regular expression of a stranger may match for ever on a name that was made for it: where a group is repeated, where
+# much is optional, on a long name. What people write has a choice or two, and a * or two.
+_NAME, _PATTERN, _PATTERNS, _CHOICES, _REPEATS = 500, 500, 1000, 3, 2
+_ENDLESS = re.compile(r"[)*+?}][*+?{]|\\\d")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 _WRAPPERS = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)|^base_model\.model\.")
 _LM_HEAD = re.compile(
@@ -63,7 +67,7 @@ def base_named_by(folder: Folder) -> str | None:
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         return None
-    return f"{name}@{revision}" if revision and not Path(name).is_dir() else name
+    return f"{name}@{revision}" if revision and not os.path.isdir(name) else name
 
 
 def read_adapter(folder: Folder, base: Checkpoint) -> Checkpoint:
@@ -182,12 +186,26 @@ def _check_settings(settings: Settings, where: str) -> list[Finding]:
             values = [settings.get(key), *table.values()]
             for pattern in table:
                 re.compile(pattern)
-        except (AttributeError, re.error):
+        except (AttributeError, re.error, RecursionError, OverflowError):
             wrong.append(f"has a damaged {field}: it is a table of regular expressions")
             continue
+        if slow := [pattern for pattern in table if _may_never_end(pattern)]:
+            what = f"has {some(slow)} in {field}, regular expressions which may take for ever to match"
+            wrong.append(f"{what}; write out the modules' names, or merge the adapter into its base with PEFT first")
+        if len(table) > _PATTERNS:
+            wrong.append(f"has {len(table)} patterns in {field}, expected {_PATTERNS} at most")
         if any(type(value) not in kinds or not math.isfinite(value) or (key == "r" and value < 1) for value in values):
-            wrong.append(f"has {key} {quoted(str(settings.get(key)))} and {field} {table}; these must be numbers")
+            wrong.append(
+                f"has {key} {quoted(str(settings.get(key)))} and {field} {str(table)[:100]!a}; these must be numbers"
+            )
     return [Finding(where, what) for what in wrong]
+
+
+def _may_never_end(pattern: str) -> bool:
+    """Whether a regular expression might backtrack without end on a name of some hundred characters."""
+    repeats, choices = len(re.findall(r"[*+{]", pattern)), len(re.findall(r"[*+{?(]", pattern))
+    many = repeats > _REPEATS or choices > _CHOICES or len(pattern) > _PATTERN
+    return many or _ENDLESS.search(pattern) is not None
 
 
 def _read_weights(folder: Folder) -> tuple[dict[str, _Factors], dict[str, Stored], list[Finding]]:
@@ -205,7 +223,9 @@ def _read_weights(folder: Folder) -> tuple[dict[str, _Factors], dict[str, Stored
     whole: dict[str, Stored] = {}
     for name, entry in header.items():
         stored = Stored(entry.dtype, entry.shape, folder, ADAPTER_WEIGHTS, entry.offset, entry.nbytes)
-        if match := _FACTOR.fullmatch(name):
+        if len(name) > _NAME:
+            findings.append(Finding(where, f"has {len(name)} characters, expected {_NAME} at most", name[:40]))
+        elif match := _FACTOR.fullmatch(name):
             halves.setdefault(match[1], {})[f"lora_{match[2] or ''}{match[3]}"] = stored
             if entry.dtype not in AVERAGED or len(entry.shape) != 2 or 0 in entry.shape:
                 what = f"is {entry.dtype} {list(entry.shape)}; expected a floating-point matrix that is not empty"
@@ -253,7 +273,11 @@ def _unsaved_modules(
     PEFT takes every module whose name ends so: 'classifier' is DistilBERT's pre_classifier too.
     """
     findings = []
-    for module in settings.get("modules_to_save") or []:
+    modules = settings.get("modules_to_save") or []
+    if not isinstance(modules, list):
+        what = f"has modules_to_save {quoted(str(modules)[:60])}, expected a list of names; it is damaged"
+        return [Finding(f"{label}/{ADAPTER_CONFIG}", what)]
+    for module in modules:
         lacking = [name for name in tensors if f"{module}." in name and name not in whole]
         if lacking:
             what = f"trained {quoted(str(module))} (modules_to_save), but its file lacks {some(lacking)}; save it again"

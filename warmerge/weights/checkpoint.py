@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, quoted, some
+from warmerge.weights import foreign_json
 from warmerge.weights.folder import Folder, read_bytes
-from warmerge.weights.safetensors_format import TensorHeader, parse_header
+from warmerge.weights.safetensors_format import HEADER_LIMIT, TensorHeader, parse_header
+from warmerge.weights.sharded_training import how_to_gather, leftovers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,6 +24,8 @@ _PICKLE = re.compile(r"(pytorch_model|adapter_model|consolidated|model).*\.(bin|
 _OF_MANY = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 # Mistral and Llama repositories carry a second copy of the weights in their authors' own format.
 _SECOND_COPY = re.compile(r"consolidated.*\.safetensors$")
+# Layers or labels of one model. Ten million labels cost transformers a minute and 2.5 GB.
+_MOST = 100_000
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,13 @@ def read_json(folder: Folder, file: str) -> dict[str, Any] | None:
     """A JSON object in a file of the folder, or None where there is no such file.
 
     Raises:
-        RefusedError: the file is not JSON, or not an object.
+        RefusedError: the file is not JSON, not an object, or larger than any of its kind.
     """
     if file not in folder.sizes():
         return None
+    if file != "tokenizer.json" and folder.sizes()[file] > HEADER_LIMIT:
+        what = f"has {folder.sizes()[file]:,} bytes (limit {HEADER_LIMIT:,}); it is damaged, or hostile"
+        raise RefusedError([Finding(f"{folder.label}/{file}", what)])
     content = parse_json(read_bytes(folder, file))
     if not isinstance(content, dict):
         raise RefusedError([Finding(f"{folder.label}/{file}", "is not a JSON object; it is damaged")])
@@ -132,10 +139,10 @@ def read_json(folder: Folder, file: str) -> dict[str, Any] | None:
 
 
 def parse_json(text: bytes) -> Any:
-    """What a JSON text says; None also where it is not JSON."""
+    """What a JSON text says; None also where it is not JSON, or more than `foreign_json.parse` reads."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return foreign_json.parse(text)
+    except ValueError:
         return None
 
 
@@ -174,6 +181,7 @@ def read_checkpoint(folder: Folder, only_file: str | None = None) -> Checkpoint:
         findings += _check_index(folder.label, index["weight_map"], tensors)
     if not tensors:
         findings.append(Finding(folder.label, "holds no tensors"))
+    findings += leftovers(folder.label, {name: tensor.shape for name, tensor in tensors.items()})
     if findings:
         raise RefusedError(findings)
     config = read_json(folder, "config.json")
@@ -189,7 +197,10 @@ def _choose_files(folder: Folder, index: Mapping[str, Any] | None) -> list[str]:
         return _indexed_files(folder, index, weights)
     if not weights:
         pickles = sorted(name for name in names if _PICKLE.match(name))
-        if pickles:
+        gather = how_to_gather(folder)
+        if gather is not None:
+            what = gather
+        elif pickles:
             what = (
                 f"holds pickle weights only ({some(pickles)}), which can run code when loaded; convert them once, "
                 "where you trust them: AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(new)"
@@ -255,11 +266,23 @@ def _wrong_types(config: Mapping[str, Any]) -> list[str]:
         "text_config": ("a table", lambda v: isinstance(v, dict)),
     }
     given = {field: config[field] for field in expected if config.get(field) is not None}
-    return [
+    wrong = [
         f"has {field} {json.dumps(value)[:60]}, expected {expected[field][0]}; it is damaged"
         for field, value in given.items()
         if not expected[field][1](value)
     ]
+    too_many = [f"has {quoted(field)} {number}, expected {_MOST} at most; it is damaged, or hostile"
+                for field, number in _counts(config) if number > _MOST]  # fmt: skip
+    return wrong + too_many
+
+
+def _counts(part: Any) -> Iterator[tuple[str, int]]:
+    """Every number of layers or labels in a config: transformers makes lists as long as they say."""
+    for name, value in part.items() if isinstance(part, Mapping) else enumerate(part):
+        if isinstance(value, dict | list):
+            yield from _counts(value)
+        elif type(value) is int and ("layer" in str(name) or "label" in str(name)):
+            yield str(name), value
 
 
 def refuse_lone_shard(folder: Folder, file: str) -> None:

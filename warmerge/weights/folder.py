@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from warmerge.errors import Finding, RefusedError, UsageError, quoted
+from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
+
+# What is read whole, configs and tokenizers: the largest tokenizers that are in use have 60 MB.
+WHOLE_LIMIT = 100_000_000
 
 
 class Folder(Protocol):
@@ -50,8 +54,16 @@ class Reader(Protocol):
 
 
 def read_bytes(folder: Folder, file: str, offset: int = 0, length: int | None = None) -> bytes:
-    """Bytes of a file: `length` of them from `offset`, or all that follow it."""
-    buffer = bytearray(folder.sizes()[file] - offset if length is None else length)
+    """Bytes of a file: `length` of them from `offset`, or all that follow it.
+
+    Raises:
+        RefusedError: no length is given, and over 100 MB would be read.
+    """
+    size = folder.sizes()[file] - offset if length is None else length
+    if length is None and size > WHOLE_LIMIT:
+        what = f"has {size:,} bytes; a config or a tokenizer has {WHOLE_LIMIT:,} at most: it is damaged, or hostile"
+        raise RefusedError([Finding(f"{folder.label}/{file}", what)])
+    buffer = bytearray(size)
     folder.readinto(file, offset, memoryview(buffer))
     return bytes(buffer)
 
@@ -81,6 +93,11 @@ class LocalFolder:
         return False
 
     def sizes(self) -> Mapping[str, int]:
+        return self._sizes
+
+    @functools.cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        """Made once: it is asked for every tensor."""
         return {name: state.size for name, state in self.states.items()}
 
     def readinto(self, file: str, offset: int, buffer: memoryview) -> None:
@@ -90,6 +107,7 @@ class LocalFolder:
             reader.readinto(file, offset, buffer)
         finally:
             reader.close()
+        self.refuse_changed([file])
 
     def reader(self, pause: Callable[[float], object] | None = None) -> LocalReader:
         return LocalReader(self)
@@ -159,7 +177,7 @@ def open_folder(path: Path, label: str) -> LocalFolder:
     """
     root = path.resolve()
     if not root.is_dir():
-        raise UsageError(f"{label}: no such folder")
+        raise UsageError(f"{plain(label)}: no such folder")
     states, findings = {}, []
     for entry in sorted(root.iterdir()):
         if not entry.is_file():

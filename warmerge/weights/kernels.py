@@ -59,6 +59,7 @@ class Workspace:
         self.flags = torch.empty(2, elements, dtype=torch.bool, device=device)
         self._open_reader = open_reader
         self._readers: dict[str, Reader] = {}
+        self._rows: torch.Tensor | None = None
         self._factors: tuple[LowRank, torch.Tensor, torch.Tensor] | None = None
 
     def close(self) -> None:
@@ -98,6 +99,12 @@ class Workspace:
                 up, down = down.T, up.T
             self._factors = (tensor, up, down)
         return self._factors[1:]
+
+    def rows(self, count: int, elements: int) -> torch.Tensor:
+        """(count, elements) of float64 to write into; the same memory every time."""
+        if self._rows is None or self._rows.numel() < count * elements:
+            self._rows = torch.empty(count * self.accumulator.numel(), dtype=torch.float64, device=self.device)
+        return self._rows[: count * elements].view(count, elements)
 
     def download(self, tile: torch.Tensor) -> torch.Tensor:
         """A tile of `device_out` on the host, ready to be written."""
@@ -195,7 +202,7 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None, start: int, stop: int, 
     Without a base the members themselves stand in for their task vectors.
     """
     count = stop - start
-    rows = torch.empty(len(tensors), count, dtype=torch.float64, device=work.device)
+    rows = work.rows(len(tensors), count)
     for row, tensor in zip(rows, tensors, strict=True):
         row.copy_(work.read(tensor, start, stop))
     if base is not None:

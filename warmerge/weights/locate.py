@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
+from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted, some
 from warmerge.weights import adapter
 from warmerge.weights.checkpoint import (
     ADAPTER_CONFIG,
@@ -22,6 +23,9 @@ from warmerge.weights.folder import Folder, open_folder
 from warmerge.weights.remote import reading, stores
 from warmerge.weights.small_files import OTHER_FILES, TOKENIZER_FILES
 
+# An adapter of an adapter of an adapter is no longer a mistake.
+_MOST_ADAPTERS = 3
+
 
 def open_checkpoint(spec: str | Path, base: str | Path | None = None, *, streamed: bool = False) -> Checkpoint:
     """The checkpoint that `spec` names, from its headers alone.
@@ -36,10 +40,15 @@ def open_checkpoint(spec: str | Path, base: str | Path | None = None, *, streame
         UsageError: there is no such file, folder, Hub id or address in a store.
         RefusedError: the checkpoint is damaged or of a kind that cannot be merged.
     """
+    return _open(spec, base, streamed, ())
+
+
+def _open(spec: str | Path, base: str | Path | None, streamed: bool, adapters: tuple[str, ...]) -> Checkpoint:
+    """`adapters` are those whose base is being opened."""
     label, path = str(spec), Path(spec)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's method False, not an error, for a name that no file can have
         return _single_file(path, label)
-    folder = open_folder(path, label) if path.is_dir() else _remote_folder(label, streamed)
+    folder = open_folder(path, label) if os.path.isdir(path) else _remote_folder(label, streamed)
     if ADAPTER_CONFIG not in folder.sizes() and ADAPTER_WEIGHTS not in folder.sizes():
         return read_checkpoint(folder)
     full = [name for name in folder.sizes() if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS]
@@ -48,10 +57,16 @@ def open_checkpoint(spec: str | Path, base: str | Path | None = None, *, streame
         raise RefusedError([Finding(label, what)])
     named = base if base is not None else adapter.base_named_by(folder)
     if named is None:
-        raise UsageError(f"{label} is a LoRA adapter that does not name its base; give it with --base")
-    if Path(named).is_dir() and Path(named).resolve() == path.resolve():
-        raise UsageError(f"{label} is a LoRA adapter; --base must be the model that it adapts")
-    full_base = open_checkpoint(named, streamed=streamed)
+        raise UsageError(f"{plain(label)} is a LoRA adapter that does not name its base; give it with --base")
+    if os.path.isdir(named) and Path(named).resolve() == path.resolve():
+        raise UsageError(f"{plain(label)} is a LoRA adapter; --base must be the model that it adapts")
+    if base is None and stores.is_store(str(named)):
+        what = f"names as its base the address {quoted(str(named))}, which is asked only if you give it with --base"
+        raise RefusedError([Finding(label, what)])
+    if len(adapters) == _MOST_ADAPTERS:
+        what = f"is an adapter of an adapter, and so on without an end: {some(adapters)}; give the model with --base"
+        raise RefusedError([Finding(label, what)])
+    full_base = _open(named, None, streamed, (*adapters, label))
     return replace(adapter.read_adapter(folder, full_base), fallback=full_base.folder)
 
 
@@ -87,9 +102,10 @@ def make_local(checkpoints: Sequence[Checkpoint], *, leave_stores: bool = False)
 def _single_file(path: Path, label: str) -> Checkpoint:
     folder = open_folder(path.parent, str(Path(label).parent))
     if path.suffix != ".safetensors":
-        raise UsageError(f"{label} is a file, but not a .safetensors file; give a folder or a .safetensors file")
+        what = "is a file, but not a .safetensors file; give a folder or a .safetensors file"
+        raise UsageError(f"{plain(label)} {what}")
     if path.name == ADAPTER_WEIGHTS:
-        raise UsageError(f"{label} is a LoRA adapter; give its folder")
+        raise UsageError(f"{plain(label)} is a LoRA adapter; give its folder")
     refuse_lone_shard(folder, path.name)
     return replace(read_checkpoint(folder, only_file=path.name), label=label)
 
@@ -104,6 +120,8 @@ def _small_files(folder: Folder) -> list[str]:
 def _moved(checkpoint: Checkpoint, local: Mapping[str, Folder]) -> Checkpoint:
     def part(stored: Stored) -> Stored:
         folder = local[stored.folder.identity]
+        if folder is stored.folder:
+            return stored
         if folder.sizes()[stored.file] != stored.folder.sizes()[stored.file]:
             what = "has another size than its header announced; remove it from the cache and download it again"
             raise RefusedError([Finding(f"{plain(folder.label)}/{stored.file}", what)])

@@ -145,8 +145,10 @@ def natural_order(name: str) -> list[tuple[bool, int, str]]:
     >>> sorted(["h.10.w", "h.2.w", "h.w"], key=natural_order)
     ['h.2.w', 'h.10.w', 'h.w']
     """
-    parts = re.split(r"(\d+)", name)
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts if part]
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    # Not every digit of Unicode is a number's, and a number of thousands of digits is no layer's.
+    numbers = [int(part) if part.isdecimal() and len(part) < 20 else None for part in parts]
+    return [(number is None, number or 0, part) for number, part in zip(numbers, parts, strict=True)]
 
 
 def parse_size(text: str) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, quoted
+from warmerge.weights import foreign_json
 
 # In the order of the format's own enumeration: writers put the data of later rows first.
 BITS = {
@@ -74,23 +75,28 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> di
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise refuse("has a header whose __metadata__ is not a table of strings")
+    if not all(map(_is_unicode, (*metadata, *metadata.values()))):
+        raise refuse("has a header whose __metadata__ is not Unicode text")
     tensors = {name: _parse_entry(name, entry, 8 + length, refuse) for name, entry in header.items()}
     _check_layout(tensors, 8 + length, size, refuse)
     return dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
 
 
-def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The header of a new file and each tensor's first byte, to the byte as `safetensors.torch.save_file` writes.
 
     Args:
         tensors: name -> (dtype, shape); the order does not matter.
+        metadata: what a model's file says of itself if not given.
 
     >>> header, offsets = build_header({"a": ("F32", (2,))})
     >>> len(header) % 8, offsets["a"] == len(header)
     (0, True)
     """
     ordered = sorted(tensors, key=lambda name: (-_RANK[tensors[name][0]], name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     relative, position = {}, 0
     for name in ordered:
         dtype, shape = tensors[name]
@@ -124,11 +130,16 @@ def _parse_json(text: bytes, refuse: Callable[[str], RefusedError]) -> dict[str,
     def no_constant(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
+    def whole(digits: str) -> int:
+        if digits == "-0":  # the format's own reader refuses it
+            raise ValueError("-0 is no size")
+        return int(digits)
+
     if not text.startswith(b"{"):
         raise refuse("has a header that does not start with '{'; it is not safetensors")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
+        header = foreign_json.parse(text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=whole)
+    except ValueError as error:
         raise refuse(f"has a header that is not JSON ({type(error).__name__}); it is damaged") from None
     assert isinstance(header, dict)
     return header
@@ -141,7 +152,7 @@ def _parse_entry(name: str, entry: Any, data: int, refuse: Callable[[str], Refus
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse(f"has a damaged header entry for tensor {quoted(name)}")
-    if any("\ud800" <= character <= "\udfff" for character in name):
+    if not _is_unicode(name):
         raise refuse(f"has a tensor name that is not Unicode text: {quoted(name)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
@@ -152,7 +163,19 @@ def _parse_entry(name: str, entry: Any, data: int, refuse: Callable[[str], Refus
     needed = f"{bits // 8}" if bits % 8 == 0 else f"{bits}/8"
     if bits != found * 8:
         raise refuse(f"gives tensor {quoted(name)} {found} bytes where {dtype} {shape} needs {needed}")
+    # Empty, but no reader can count its other sizes: the format's own multiplies them one by one.
+    if found == 0 and math.prod(size for size in shape if size) * BITS[dtype] >= 2**63:
+        raise refuse(f"has a damaged shape for tensor {quoted(name)}: {shape}")
     return TensorHeader(dtype, tuple(shape), data + offsets[0], found)
+
+
+def _is_unicode(text: str) -> bool:
+    """False where half a character stands in it, which JSON allows and no other reader takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_layout(

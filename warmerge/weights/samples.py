@@ -7,7 +7,7 @@ which are small and matter most, are read whole.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,11 @@ from warmerge.weights.safetensors_format import AVERAGED, BITS
 SAMPLE_BYTES = 4096
 # Cosine of two heads: >= .9 for heads that were trained from one probe, about 0 for heads drawn at random.
 SHARED_HEAD_COSINE = 0.5
+# So many values of a sample's body at most, 8 MB: all of the middles of some 500 tensors, of more tensors less of each.
+BODY_VALUES = 1 << 20
+_AT_ONCE = 2048
+# Heads are read whole up to 256 MB of all of them: a file may call anything a head.
+_HEAD_BYTES = 1 << 28
 # |a - b| / |a| over a sample: some per cent between fine-tunings of one model, 1.4 between unrelated models.
 RELATED_DISTANCE = 0.5
 # A member this many times further from the mean of the others than is usual among them.
@@ -42,18 +47,26 @@ def read_sample(checkpoint: Checkpoint) -> Sample:
     """Reads some 4 KiB of each tensor (of an adapter's factors too), and heads whole."""
     digest, body, heads = hashlib.sha256(), [], {}
     tensors = sorted(checkpoint.tensors.items())
-    pieces = [piece for name, tensor in tensors for piece in (*map(_middle, tensor.parts), *_whole(name, tensor))]
-    read = iter(read_pieces(pieces))
+    whole = _whole(tensors)
+    share, read = max(1, BODY_VALUES // max(1, len(tensors))), _pieces(tensors, whole)
     for name, tensor in tensors:
         for part in tensor.parts:
             data = next(read)
             digest.update(f"{name}\0{part.dtype}\0{part.shape}\0".encode(errors="surrogatepass") + data)
             if part is tensor.parts[0] and part.dtype in AVERAGED:
-                body.append(_values(data, part))
-        for _ in _whole(name, tensor):
+                body.append(_values(data[: share * BITS[part.dtype] // 8], part))
+        if name in whole:
             heads[name] = _values(next(read), tensor.parts[0])
             digest.update(heads[name].numpy().tobytes())
     return Sample(digest.hexdigest(), torch.cat(body) if body else torch.zeros(0, dtype=torch.float64), heads)
+
+
+def _pieces(tensors: Sequence[tuple[str, Tensor]], whole: Mapping[str, Piece]) -> Iterator[bytes]:
+    """The middles of each tensor's parts and, of heads, the whole; of some tensors at a time, so that few wait."""
+    for begin in range(0, len(tensors), _AT_ONCE):
+        some = tensors[begin : begin + _AT_ONCE]
+        both = ((map(_middle, tensor.parts), [whole[name]] if name in whole else []) for name, tensor in some)
+        yield from read_pieces([piece for middles, head in both for piece in (*middles, *head)])
 
 
 def content_digest(checkpoint: Checkpoint) -> str:
@@ -83,12 +96,16 @@ def _middle(part: Stored) -> Piece:
     return Piece(part.folder, part.file, part.offset + (part.numel - count) // 2 * width, count * width)
 
 
-def _whole(name: str, tensor: Tensor) -> list[Piece]:
-    """All of a head; nothing of other tensors."""
-    if not is_head(name) or len(tensor.parts) > 1 or tensor.dtype not in AVERAGED:
-        return []
-    (part,) = tensor.parts
-    return [Piece(part.folder, part.file, part.offset, part.nbytes)]
+def _whole(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Piece]:
+    """All of each head, as long as they are small together."""
+    found, total = {}, 0
+    for name, tensor in tensors:
+        if is_head(name) and len(tensor.parts) == 1 and tensor.dtype in AVERAGED:
+            (part,) = tensor.parts
+            total += part.nbytes
+            if total <= _HEAD_BYTES:
+                found[name] = Piece(part.folder, part.file, part.offset, part.nbytes)
+    return found
 
 
 def doubts(members: Sequence[Checkpoint], samples: Sequence[Sample]) -> list[Finding]:

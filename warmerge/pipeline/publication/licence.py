@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import RemoteError, UsageError, WarmergeError
+from warmerge.weights.foreign_json import text_of
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.remote.pushing import LICENSE_FIELDS, license_of
 from warmerge.weights.samples import read_sample
@@ -38,7 +39,7 @@ def stated(readme: Path) -> dict[str, str]:
     import yaml
 
     try:
-        text = readme.read_text(encoding="utf-8")
+        text = text_of(readme)
     except (OSError, ValueError):
         return {}
     parts = text.split("---\n", 2)
@@ -46,7 +47,7 @@ def stated(readme: Path) -> dict[str, str]:
         return {}
     try:
         front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a day that no month has is a ValueError
         return {}
     if not isinstance(front, dict):
         return {}

@@ -177,7 +177,7 @@ def _listed(system: Any, path: str) -> dict[str, ObjectState]:
             entry["size"], tuple(f"{key} {entry[key]}" for key in _VERSION if entry.get(key))
         )
         for entry in system.ls(path, detail=True)
-        if entry["type"] == "file" and entry["name"].rstrip("/") != path
+        if entry["type"] == "file" and entry["name"].rstrip("/") != path and "/" not in entry["name"][len(path) + 1 :]
     }
 
 
