@@ -17,7 +17,7 @@ from warmerge.training import saving
 from warmerge.training.member import Recipe
 from warmerge.training.unit import RESULT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 RECIPE = Recipe(steps=4, batch=8, warmup=1, save_every=2, batch_tokens=300)
 # What an engine does on every rank: one member after the other, and an error of all ranks is an error of that member.
 SCRIPT = """
@@ -44,7 +44,7 @@ def on_two_ranks(tmp_path: Path, last: int, *folders: Path) -> None:
     done = subprocess.run(
         [*command, str(last), *map(str, folders)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=110, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from warmerge.rewards.bench import Measuring
     from warmerge.rewards.model import LoadOptions
 
-_MODEL, _DATA, _OUTPUT = "Model", "Data", "Output"
+_MODEL, _DATA, _OUTPUT, _ENGINE = "Model", "Data", "Output", "Engine"
 AdaptedModel = Annotated[
     str | None, typer.Option("--base", rich_help_panel=_MODEL, help="For LoRA adapters: the model that they adapt.")
 ]
@@ -67,6 +67,14 @@ TrustRemoteCode = Annotated[
 BatchTokens = Annotated[
     int | None, typer.Option(rich_help_panel=_MODEL, help="Most tokens in one forward pass, padding included.")
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_ENGINE,
+        help="inline: in this process; local: a process for each GPU, or one on the CPU; ray: on a Ray cluster.",
+    ),
+]
+Address = Annotated[str, typer.Option(rich_help_panel=_ENGINE, help="Of the Ray cluster.")]
 Resamples = Annotated[int, typer.Option(rich_help_panel=_DATA, help="Bootstrap resamples of the intervals.")]
 Seed = Annotated[int, typer.Option(rich_help_panel=_DATA, help="Of the bootstrap and of every random sample.")]
 
@@ -107,6 +115,8 @@ def evaluate(
     skip_bad_rows: SkipBadRows = False,
     resamples: Resamples = 2000,
     seed: Seed = 0,
+    engine: Engine = "inline",
+    address: Address = "auto",
     threads: Threads = None,
     offline: Offline = False,
     as_json: Json = False,
@@ -125,7 +135,8 @@ def evaluate(
             loading = loading_of(device, dtype, template, max_length, trust_remote_code)
             found = run(
                 checkpoints, _given(data), out=out, init=init, beside=beside or (), with_average=not no_average,
-                perturb_answers=perturb, mask=mask, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
+                perturb_answers=perturb, mask=mask, engine=engine, address=address, overwrite=overwrite,
+                command=["warmerge", *sys.argv[1:]],
                 measuring=measuring_of(
                     loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress
                 ),
@@ -243,6 +254,9 @@ def score(
     batch_tokens: BatchTokens = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_bad_rows: SkipBadRows = False,
+    engine: Engine = "inline",
+    address: Address = "auto",
+    threads: Threads = None,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -259,9 +273,9 @@ def score(
         with bar("scoring", "texts") as (begin, advance):
             done = score_file(
                 checkpoint, data, out, column=column, base=base, skip_bad_rows=skip_bad_rows,
-                batch_tokens=_positive("--batch-tokens", batch_tokens),
+                batch_tokens=_positive("--batch-tokens", batch_tokens), threads=threads_of(threads),
                 options=loading_of(device, dtype, template, max_length, trust_remote_code),
-                overwrite=overwrite, on_work=begin, progress=advance,
+                engine=engine, address=address, overwrite=overwrite, on_work=begin, progress=advance,
             )  # fmt: skip
         warn(done.warnings)
         for note in done.notes:
@@ -314,14 +328,19 @@ def measuring_of(
     progress: tuple[Callable[[int], None], Callable[[int], None]],
 ) -> Measuring:
     """How models are measured, as the arguments say. `threads` are those of the whole process from here on."""
-    import torch
-
     from warmerge.rewards.bench import Measuring
 
-    batch_tokens = _positive("--batch-tokens", batch_tokens)
+    batch_tokens, threads = _positive("--batch-tokens", batch_tokens), threads_of(threads)
+    return Measuring(loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, *progress)
+
+
+def threads_of(threads: int | None) -> int | None:
+    """The number that was asked for, which are those of the whole process from here on."""
+    import torch
+
     if (threads := _positive("--threads", threads)) is not None:
         torch.set_num_threads(threads)
-    return Measuring(loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, *progress)
+    return threads
 
 
 def _positive(flag: str, value: int | None) -> int | None:

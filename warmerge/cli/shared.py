@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +67,9 @@ def errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         where = "" if error.filename is None else f"{plain(str(error.filename))}: "
-        typer.echo(f"warmerge: {where}{error.strerror or error}", err=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; make room, then give the same command again" if full else ""
+        typer.echo(f"warmerge: {where}{error.strerror or error}{hint}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("warmerge: stopped", err=True)

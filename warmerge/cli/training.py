@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from warmerge.cli.scoring import (
+    Address,
     BatchTokens,
     Device,
     Dtype,
@@ -134,6 +135,14 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", rich_help_panel=_SPEED, help="Less memory, more time.")
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            rich_help_panel=_SPEED,
+            help="Under torchrun: divide each member's weights, gradients and optimizer state between the processes.",
+        ),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
@@ -159,7 +168,7 @@ def train(
             "inline: in this process, for tiny models.",
         ),
     ] = "local",
-    address: Annotated[str, typer.Option(rich_help_panel=_ENGINE, help="Of the Ray cluster.")] = "auto",
+    address: Address = "auto",
     threads: Threads = None,
     template: Template = "auto",
     max_length: MaxLength = None,
@@ -192,8 +201,8 @@ def train(
         recipe = Recipe(
             steps=steps or 0, batch=batch, warmup=0, schedule=schedule, weight_decay=weight_decay,
             label_smoothing=label_smoothing, centring=centring, use_margins=use_margins, lora=lora, adapter=adapter,
-            freeze_embeddings=freeze_embeddings, gradient_checkpointing=gradient_checkpointing, precision=precision,
-            batch_tokens=batch_tokens, save_every=save_every, keep_checkpoints=keep_checkpoints,
+            freeze_embeddings=freeze_embeddings, gradient_checkpointing=gradient_checkpointing, shard=shard,
+            precision=precision, batch_tokens=batch_tokens, save_every=save_every, keep_checkpoints=keep_checkpoints,
         )  # fmt: skip
         settings = TrainSettings(
             recipe, runs, numbers("--lr", lr) or (), numbers("--dropout", dropout) or (), draw, seed, epochs, warmup

@@ -17,6 +17,7 @@ from warmerge.report.results import TRAINING, write_results
 from warmerge.rewards.bench import Measuring
 from warmerge.training.member import ROWS
 from warmerge.training.preparation import CORRUPTION, Run, prepare_run
+from warmerge.training.ranks import check_launcher
 from warmerge.training.recipe import Member, Recipe
 from warmerge.training.record import MEMBERS, Asked
 from warmerge.training.settings import TrainSettings
@@ -109,6 +110,7 @@ def train(
     missing = [name for name in ("accelerate", "peft") if find_spec(name) is None]
     if missing:
         raise UsageError(f"train needs {' and '.join(missing)}: pip install 'warmerge[train]'")
+    check_launcher(settings.recipe.shard)
     check_engine(engine, measuring.threads)
     asked = Asked(bases, str(data), settings, tuple(val), sft, probe, (corrupt, corrupt_seed))
     out = Path(out)

@@ -27,6 +27,7 @@ from torch.nn.functional import softplus
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError
 from warmerge.rewards.model import DTYPES
 from warmerge.training import saving
+from warmerge.training.ranks import check_launcher, shard, whole
 from warmerge.training.recipe import Member, Recipe, learning_rate, read_member
 from warmerge.training.trainable import refuse_other_head, refuse_padding_dependence, rewards, trainable
 from warmerge.training.training_set import TrainingSet, batch_of, micro_batches
@@ -65,7 +66,7 @@ def train_member(
     """Trains, yields a row for each step (also kept in `folder`), and in the end leaves the reward model in `folder`.
 
     It goes on from the last checkpoint in `folder` if there is one; a finished member has no steps left. Under torchrun
-    every rank runs this function, and each batch is split between them.
+    every rank runs this function, and each batch is split between them; the model is copied to each, or divided too.
 
     Args:
         init: the reward model to start from.
@@ -93,16 +94,16 @@ def train_member(
             with (folder / ROWS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if not last and (stopping or (step + 1) % recipe.save_every == 0):
-            _on_first_rank(run.accelerator, partial(_keep, run, folder, step + 1))
+            _on_first_rank(run.accelerator, partial(_keep, run, folder, step + 1), partial(_lend_state, run))
         yield row
         if stopping and not last:
             return
-    _on_first_rank(run.accelerator, partial(_save, run, init, folder))
+    _on_first_rank(run.accelerator, partial(_save, run, init, folder), partial(_lend_weights, run))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A member being trained. `model` is `module`, or what shares its gradients between ranks around it."""
+    """A member being trained. `model` is `module`, or what averages its gradients between ranks around it."""
 
     member: Member
     pairs: TrainingSet
@@ -118,6 +119,7 @@ def _begin(member: Member, init: Path, pairs: TrainingSet, folder: Path) -> _Run
     from accelerate import Accelerator
 
     recipe = member.recipe
+    check_launcher(recipe.shard)
     # The body has an autocast of its own, see `trainable`. Processes without a GPU know of one another only if told so.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     kind, ranks = str(accelerator.distributed_type.value), accelerator.num_processes
@@ -129,6 +131,8 @@ def _begin(member: Member, init: Path, pairs: TrainingSet, folder: Path) -> _Run
     if recipe.batch % ranks:
         raise UsageError(f"--batch {recipe.batch}: expected a multiple of {ranks}, the processes that share each batch")
     module = trainable(member, init, accelerator.device)
+    if recipe.shard:
+        shard(module, accelerator.device, ranks)  # before the optimizer takes the parameters
     refuse_padding_dependence(
         module, init, pairs, accelerator.device, tolerance=1e-3 if recipe.precision == "float32" else 0.1
     )
@@ -140,7 +144,8 @@ def _begin(member: Member, init: Path, pairs: TrainingSet, folder: Path) -> _Run
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=member.lr)
     done = _go_on(accelerator, folder, module, optimizer, member)
     module.train()
-    return _Run(member, pairs, accelerator, module, accelerator.prepare(module), optimizer, done)
+    model = module if recipe.shard else accelerator.prepare(module)
+    return _Run(member, pairs, accelerator, module, model, optimizer, done)
 
 
 def _go_on(accelerator: Any, folder: Path, module: Any, optimizer: torch.optim.Optimizer, member: Member) -> int:
@@ -166,19 +171,48 @@ def _keep(run: _Run, folder: Path, step: int) -> None:
     saving.write_checkpoint(folder, step, run.module, run.optimizer, _identity(run.member), keep)
 
 
+def _lend_state(run: _Run) -> None:
+    """What other ranks do while the first one keeps a checkpoint."""
+    if run.member.recipe.shard:
+        saving.take_part(run.module, run.optimizer)
+
+
 def _save(run: _Run, init: Path, folder: Path) -> None:
     recipe = run.member.recipe
-    saving.save_reward_model(run.module, init, folder, DTYPES[recipe.dtype], recipe.adapter)
+    module = _undivided(run, init) if recipe.shard else run.module
+    saving.save_reward_model(module, init, folder, DTYPES[recipe.dtype], recipe.adapter)
     if not recipe.keep_checkpoints:
         saving.remove_checkpoints(folder)
+
+
+def _lend_weights(run: _Run) -> None:
+    """What other ranks do while the first one saves the model."""
+    if run.member.recipe.shard:
+        for _ in whole(run.module.state_dict()):
+            pass
+
+
+def _undivided(run: _Run, init: Path) -> Any:
+    """The trained weights in a module that is not divided, on the CPU: it is saved as any other."""
+    fetched = whole(run.module.state_dict())
+    try:
+        module = trainable(run.member, init, torch.device("cpu"))
+        places = module.state_dict()
+        for name, tensor in fetched:
+            places[name].copy_(tensor)
+    finally:
+        for _ in fetched:  # also where the start was lost meanwhile: other ranks give their parts to the end
+            pass
+    return module
 
 
 def _identity(member: Member) -> str:
     return json.dumps(asdict(member), sort_keys=True)
 
 
-def _on_first_rank(accelerator: Any, work: Callable[[], None]) -> None:
-    """Does what one rank does for all. Where it fails all of them fail, so that none waits for another."""
+def _on_first_rank(accelerator: Any, work: Callable[[], None], elsewhere: Callable[[], None]) -> None:
+    """Does what one rank does for all, and what the others do meanwhile. Where it fails all of them fail, so that none
+    waits for another."""
     from accelerate.utils import broadcast_object_list
 
     said = [""]
@@ -189,6 +223,8 @@ def _on_first_rank(accelerator: Any, work: Callable[[], None]) -> None:
             if accelerator.num_processes == 1:
                 raise
             said = [str(error)]
+    else:
+        elsewhere()
     if accelerator.num_processes > 1:
         broadcast_object_list(said)
     if said[0]:
@@ -214,10 +250,11 @@ def _step(run: _Run, step: int, stop: Callable[[], bool]) -> tuple[dict[str, Any
             margins = torch.tensor(pairs.margins[part] * recipe.use_margins, dtype=torch.float32, device=device)
             losses = bradley_terry(chosen, rejected, margins, recipe.label_smoothing, recipe.centring)
             # The mean over the batch, however it is split; gradients are averaged over ranks.
-            accelerator.backward(losses.sum() * (ranks / recipe.batch))
+            # accelerator.backward would divide by what its launcher was told of accumulation, too.
+            (losses.sum() * (ranks / recipe.batch)).backward()
         sums[0] += losses.detach().double().sum()
         sums[1] += (chosen >= rejected).sum()
-    norm = float(accelerator.clip_grad_norm_(run.model.parameters(), recipe.max_gradient_norm or math.inf))
+    norm = _clipped(run.module, recipe.max_gradient_norm or math.inf)
     loss, right, stopping = accelerator.reduce(sums, "sum").tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         what = f"loss {loss / recipe.batch:.4g}, gradient norm {norm:.4g}"
@@ -233,6 +270,12 @@ def _step(run: _Run, step: int, stop: Callable[[], bool]) -> tuple[dict[str, Any
         "seconds": time.perf_counter() - begun,
     }  # fmt: skip
     return row, stopping > 0
+
+
+def _clipped(module: Any, most: float) -> float:
+    """The norm of all gradients together, on whatever rank their parts are, before it is brought down to `most`."""
+    norm: Any = torch.nn.utils.clip_grad_norm_(module.parameters(), most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _passes(pairs: TrainingSet, batch: Integers, budget: int, ranks: int) -> list[list[Integers]]:

@@ -18,8 +18,9 @@ class Recipe:
     ("linear"). `weight_decay` is of matrices, not of biases and norms. A `max_gradient_norm` of 0 clips nothing.
     `centring` weighs the squared sum of a pair's rewards, `use_margins` takes the margins of the pairs. `precision` is
     what the body computes in ("float32" or "bfloat16"), `dtype` what the member is saved in. `lora` is a rank, 0 for
-    none, and `adapter` saves the adapter instead of the merged weights. `batch_tokens` is the most in one forward pass.
-    A checkpoint is written every `save_every` steps; only the last one is kept, and none at the end, unless
+    none, and `adapter` saves the adapter instead of the merged weights. `shard` divides weights, gradients and
+    optimizer state between the processes that train it. `batch_tokens` is the most in one forward pass. A checkpoint is
+    written every `save_every` steps; only the last one is kept, and none at the end, unless
     `keep_checkpoints`.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     adapter: bool = False
     freeze_embeddings: bool = False
     gradient_checkpointing: bool = False
+    shard: bool = False
     precision: str = "float32"
     dtype: str = "float32"
     batch_tokens: int = 8192

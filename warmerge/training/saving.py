@@ -18,14 +18,18 @@ import torch
 
 from warmerge.errors import Finding, RefusedError, WarmergeError, quoted, some
 from warmerge.rewards.tokenizer import quiet
+from warmerge.training.ranks import part_of, whole
 from warmerge.weights.checkpoint import ADAPTER_WEIGHTS, INDEX, SINGLE
+from warmerge.weights.kernels import TORCH_DTYPE, memory
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST, sync
+from warmerge.weights.safetensors_format import build_header
 
 _CHECKPOINT, _STATE = "checkpoint-", "state.safetensors"
 # The file that makes a folder a model: renamed last.
 _LAST = (SINGLE, INDEX, ADAPTER_WEIGHTS)
 _TEMPLATES = "additional_chat_templates"
+_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -47,30 +51,63 @@ def write_checkpoint(
 ) -> None:
     """Writes trained parameters and optimizer state after `step` steps; then removes earlier ones, unless `keep`.
 
+    One tensor after the other is fetched and written. Of a module that is divided between ranks the first rank calls
+    this, and the others `take_part`.
+
     Args:
         member: all that the run depends on; only the same goes on from here.
 
     Raises:
         WarmergeError: it could not be written. Earlier checkpoints are as they were.
     """
-    from safetensors.torch import save_file
-
-    tensors = {f"parameter.{name}": p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    tensors = _state(module, optimizer)
+    fetched = whole(tensors)
     partial = folder / ".checkpoint.partial"
     earlier = checkpoints(folder)
-    with _written(partial, f"a checkpoint at step {step}"):
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial / _STATE, {"member": member})
-        sync(partial / _STATE)
-        os.rename(partial, folder / f"{_CHECKPOINT}{step}")
+    try:
+        with _written(partial, f"a checkpoint at step {step}"):
+            _write_tensors(partial / _STATE, tensors, fetched, {"member": member})
+            sync(partial / _STATE)
+            os.rename(partial, folder / f"{_CHECKPOINT}{step}")
+    finally:
+        for _ in fetched:  # also where writing failed: other ranks give their parts to the end
+            pass
     sync(folder)
     for old in earlier if not keep else ():
         shutil.rmtree(old)
 
 
+def take_part(module: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Gives the first rank this rank's parts of what `write_checkpoint` writes."""
+    for _ in whole(_state(module, optimizer)):
+        pass
+
+
+def _state(module: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {f"parameter.{name}": p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def _write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    fetched: Iterator[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file of tensors that are on the CPU only one after the other."""
+    shapes = {name: (_DTYPE[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, offsets = build_header(shapes, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in fetched:
+            file.seek(offsets[name])
+            file.write(memory(tensor.contiguous()))
+
+
 def load_checkpoint(checkpoint: Path, module: Any, optimizer: torch.optim.Optimizer, member: str) -> None:
-    """Puts a checkpoint's parameters and optimizer state in place, to the bit.
+    """Puts a checkpoint's parameters and optimizer state in place, to the bit; each rank takes its parts.
 
     Raises:
         RefusedError: it is damaged, or of another member.
@@ -79,23 +116,25 @@ def load_checkpoint(checkpoint: Path, module: Any, optimizer: torch.optim.Optimi
 
     where, advice = str(checkpoint / _STATE), "delete this checkpoint to begin again"
     trained = {f"parameter.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
     try:
-        with safe_open(where, framework="pt") as file:
-            found = (file.metadata() or {}).get("member")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        with safe_open(where, framework="pt") as file, torch.no_grad():
+            if (file.metadata() or {}).get("member") != member:
+                what = f"belongs to another member or recipe than member.json says; {advice}"
+                raise RefusedError([Finding(where, what)])
+            names = set(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name.startswith("parameter.")}
+            if shapes != {name: tuple(p.shape) for name, p in trained.items()}:
+                raise RefusedError([Finding(where, f"holds other parameters than this member trains; {advice}")])
+            for name, parameter in trained.items():
+                parameter.copy_(part_of(file.get_tensor(name), parameter))
+            for name in sorted(names - trained.keys()):  # all ranks in the same order
+                _, number, key = name.split(".")
+                value = part_of(file.get_tensor(name), ordered[int(number)])
+                state.setdefault(int(number), {})[key] = value
     except (SafetensorError, OSError) as error:
         raise RefusedError([Finding(where, f"cannot be read ({error}); {advice}")]) from None
-    if found != member:
-        raise RefusedError([Finding(where, f"belongs to another member or recipe than member.json says; {advice}")])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name in [name for name in tensors if name.startswith("optimizer.")]:
-        _, number, key = name.split(".")
-        state.setdefault(int(number), {})[key] = tensors.pop(name)
-    if {name: value.shape for name, value in tensors.items()} != {name: p.shape for name, p in trained.items()}:
-        raise RefusedError([Finding(where, f"holds other parameters than this member trains; {advice}")])
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -26,7 +26,8 @@ _TRIED = 4
 
 
 def trainable(member: Member, init: Path, device: torch.device) -> Any:
-    """The start as a transformers or PEFT model on `device`, with what is to be trained marked so.
+    """The start as a transformers or PEFT model on `device`, with what is to be trained marked so. One that is to be
+    divided between ranks is on the CPU, whole, and computes on `device` once its parts are there.
 
     The body computes in the recipe's precision, the head always in float32: bfloat16 has steps of .03 at a reward of 4.
 
@@ -40,7 +41,7 @@ def trainable(member: Member, init: Path, device: torch.device) -> Any:
             raise UsageError(f"recipe: {key} is {found!r}, expected {' or '.join(known)}")
     if recipe.adapter and not recipe.lora:
         raise UsageError("recipe: adapter without lora: there is no adapter to save")
-    place = "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs too
+    place = "cpu" if device.type == "cpu" or recipe.shard else str(device)  # accelerate numbers CPUs too
     options = LoadOptions(
         device=place, dtype="float32", max_length=recipe.max_length, trust_remote_code=recipe.trust_remote_code
     )
@@ -48,8 +49,10 @@ def trainable(member: Member, init: Path, device: torch.device) -> Any:
     if hasattr(module.config.get_text_config(), "use_cache"):
         module.config.get_text_config().use_cache = False  # for generation; here it would only take memory
     if recipe.precision == "bfloat16":
-        # Of the body alone: what comes after it sees float32, and stays in it.
-        module.base_model.forward = torch.autocast(device.type, torch.bfloat16)(module.base_model.forward)
+        # Of the body alone: what comes after it sees float32, and stays in it. A divided layer is whole only while it
+        # computes, and so must be the cast of it.
+        cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=not recipe.shard)
+        module.base_model.forward = cast(module.base_model.forward)
     if recipe.freeze_embeddings:
         module.get_input_embeddings().requires_grad_(False)
     trained = _with_lora(module, member) if recipe.lora else module

@@ -6,6 +6,7 @@ RUNS/members/01/result.json   how it went, written last: a member that has it is
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -46,6 +47,7 @@ def run_member(folder: Path, stop: Callable[[], bool]) -> None:
     pairs = read_pairs(runs / "pairs.safetensors", member.pairs)
     for _ in train_member(member, init, pairs, folder, stop):
         pass
+    gc.collect()  # a divided model refers to itself: it would stay while it is measured, and while the next one trains
     if not saving.is_saved(folder):
         steps = saving.step_of(saving.checkpoints(folder)[-1])
         what = f"member {member.name} was stopped after {steps} of {member.recipe.steps} steps"
