@@ -16,7 +16,8 @@ from reward_world import BAD, GOOD, NAMES, World, write_rows
 from safetensors.torch import load_file, save_file
 from test_cli import Done, cells, here, run
 
-from warmerge.pipeline import scorebook
+from warmerge.pipeline import judge
+from warmerge.pipeline.scoring import here as scoring_here
 from warmerge.report import results
 from warmerge.rewards.scoring import score
 
@@ -225,7 +226,7 @@ def test_ctrl_c_and_the_same_command_again(models: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return score(model, *arguments)
 
-    monkeypatch.setattr(scorebook, "score", stopping)
+    monkeypatch.setattr(scoring_here, "score", stopping)
     stopped = here(*command, "out")
     message = (
         "warmerge: stopped; the rewards of 1 model are kept in out/scores.safetensors; the same command goes on there"
@@ -254,7 +255,7 @@ def test_ctrl_c_after_sampling_keeps_the_pool(models: Path, monkeypatch: pytest.
         def stopped(*_: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr(scorebook, "score", stopped)
+        patch.setattr(scoring_here, "score", stopped)
         done = here(*command)
     assert (done.code, done.out, done.err.splitlines()[-1]) == (130, "", "warmerge: stopped; nothing is kept")
     before = (models / "out" / "pool.jsonl").stat()
@@ -281,6 +282,7 @@ def test_ctrl_c_after_sampling_keeps_the_pool(models: Path, monkeypatch: pytest.
         ("--rm a --seed -1", "--seed: expected 0 or more, found -1"),
         ("--rm a --rm x=a --rm x=b", "two proxies are named 'x'; name one of them, as in --rm other=CKPT"),
         ("--rm ./nothing", "./nothing"),
+        ("--rm a --engine slurm", "--engine: expected local, ray or inline, found 'slurm'"),
         ("--rm a --policy a", "give either --pool, or --policy and --prompts to sample one"),
         ("--rm a --prompts pool.jsonl",
          "--prompts: only for sampling, which goes with --policy and not with --pool"),
@@ -295,7 +297,7 @@ def test_usage_errors_come_before_a_model_is_loaded(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(scorebook, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     before = sorted(models.iterdir())
     done = here(
         "bon", "--pool", "pool.jsonl", "-o", "out", *(() if "--resamples" in arguments else QUICK), *arguments.split()

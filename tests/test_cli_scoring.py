@@ -139,6 +139,11 @@ def test_eval_beside(models: Path, world: World) -> None:
          "--points, --lambdas, --extrapolate, --path and --tolerance do not go with --accuracy-vs-m"),
         (["lmc-curve", "A", "B", "--data", "V", "-o", "O", "--lambdas", "0,x"],
          "--lambdas: expected numbers with commas between them, found '0,x'"),
+        (["eval", "A", "--data", "V", "-o", "O", "--engine", "slurm"], "--engine: expected local, ray or inline"),
+        (["eval", "A", "--data", "V", "--engine", "local"], "--engine local: -o is missing; finished parts are kept"),
+        (["score", "A", "--data", "V", "-o", "O.jsonl", "--engine", "local", "--device", "cuda:1"],
+         "--device cuda:1: with --engine local each process has a GPU of its own; give --device cuda, and choose GPUs"),
+        (["score", "A", "--data", "V", "-o", "O.jsonl", "--threads", "0"], "--threads: expected 1 or more, found 0"),
         (["plot", "A"], "A: no results to draw; expected one of eval.json, curve.json, vs_m.json"),
         (["average", "A", "B", "-o", "O", "--select", "greedy"], "--select and --data go together"),
         (["average", "A", "B", "--select", "greedy", "--data", "V"], "-o OUT is missing: the new folder for"),
@@ -153,7 +158,7 @@ def test_eval_beside(models: Path, world: World) -> None:
 def test_usage_errors_come_before_a_model_is_loaded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    for module in ("evaluate", "mixtures", "score"):
+    for module in ("judge", "mixtures"):
         monkeypatch.setattr(f"warmerge.pipeline.{module}.load_reward_model", never)
     full = tmp_path / "full"
     full.mkdir()

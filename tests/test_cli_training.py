@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
+from processes import alive, wait_for
 from reward_world import World, pairs, write_rows
 from safetensors.torch import load_file
 from test_cli import here, run
@@ -122,8 +126,10 @@ def test_two_ranks_train_what_one_does(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_ray_cluster_trains_what_this_machine_does(folder: Path) -> None:
+def test_a_ray_cluster_trains_what_this_machine_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # one of its own: else Ray writes one into the home folder
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
     assert run(*TRAIN, "-o", "alone", cwd=folder).code == 0
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
@@ -132,5 +138,46 @@ def test_a_ray_cluster_trains_what_this_machine_does(folder: Path) -> None:
         assert done.code == 0, done.err
     finally:
         ray.shutdown()
+    for name in ("members/01", "members/02"):
+        assert largest_difference(folder / "alone" / name, folder / "cluster" / name) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_ray_worker_and_a_killed_command_change_no_weight(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to the worker that trains a member, then to the command; the same command goes on from a checkpoint."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # one of its own: else Ray writes one into the home folder
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
+    asked = [*TRAIN, "--steps", "300", "--save-every", "20"]
+    assert run(*asked, "-o", "alone", cwd=folder).code == 0
+    rows, log = (folder / "cluster/members/01" / name for name in ("rows.jsonl", "log.txt"))
+
+    def trained() -> int:
+        return rows.read_bytes().count(b"\n") if rows.exists() else 0
+
+    def process() -> int:
+        """Of the member's last process, which its log names."""
+        return int(re.findall(r"^--- .* process (\d+) on ", log.read_text(), re.M)[-1])
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-m", "warmerge", *asked, "--engine", "ray", "--address", address, "-o", "cluster"]
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
+            wait_for(lambda: trained() > 60, 300)
+            first = process()
+            os.kill(int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+            wait_for(lambda: process() != first and trained() > 120, 300)
+            driver.kill()
+        wait_for(lambda: not alive(process()), 60)
+        assert not (folder / "cluster/members/01/result.json").exists()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    finally:
+        ray.shutdown()
+    assert len(re.findall("^--- ", log.read_text(), re.M)) == 3
     for name in ("members/01", "members/02"):
         assert largest_difference(folder / "alone" / name, folder / "cluster" / name) == 0

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 import warmerge
 from warmerge import Measuring, Proxy, best_of_n
 from warmerge.errors import Interrupted, RefusedError, UsageError
-from warmerge.pipeline import scorebook
+from warmerge.pipeline import judge
 from warmerge.pipeline.bon import BestOfN
 from warmerge.pipeline.proxies import parse_proxies
+from warmerge.pipeline.scoring import here
 from warmerge.report import results
 from warmerge.rewards.ensembles import aggregate
 from warmerge.rewards.metrics import interval, replicates
@@ -79,7 +80,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(Path(model.label).name)
         return score(model, *arguments)
 
-    monkeypatch.setattr(scorebook, "score", counting)
+    monkeypatch.setattr(here, "score", counting)
     return loaded
 
 
@@ -96,7 +97,7 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(scorebook, "load_reward_model", fail)
+    monkeypatch.setattr(judge, "load_reward_model", fail)
 
 
 # --- everything on ----------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def full(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[BestOf
         return load_reward_model(source, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorebook, "load_reward_model", counting)
+        patch.setattr(judge, "load_reward_model", counting)
         patch.setitem(results._FIGURES, results.BON, NO_FIGURES)
         found = best_of_n(data, proxies, folder / "out", control=world.alien, measuring=FAST, command=["warmerge"])
     return found, folder, loaded
@@ -828,7 +829,7 @@ def test_mixed_precision_is_said(world: World, tmp_path: Path, monkeypatch: pyte
     def mixed(source: Any, *_: Any) -> Any:
         return load_reward_model(source, LoadOptions(dtype="bfloat16" if source.label == str(world.b) else "float32"))
 
-    monkeypatch.setattr(scorebook, "load_reward_model", mixed)
+    monkeypatch.setattr(judge, "load_reward_model", mixed)
     found = small(world, tmp_path, pool(n=2), proxies=rms(world.a, world.b))
     which = f"{world.a}: float32 on cpu; {world.b}: bfloat16 on cpu"
     assert [str(warning) for warning in found.warnings] == [

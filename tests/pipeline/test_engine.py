@@ -13,11 +13,15 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait_for
 
 from warmerge.errors import Interrupted, UsageError, WarmergeError
 from warmerge.pipeline import engine
@@ -175,26 +179,10 @@ def drive(code: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
-    return value
-
-
 def pids(unit: Unit) -> tuple[int, int]:
     """Of the unit's process and of its parent, once the unit has begun."""
     own, parent = wait_for(lambda: (unit.folder / "pids").exists() and (unit.folder / "pids").read_text()).split()
     return int(own), int(parent)
-
-
-def alive(pid: int) -> bool:
-    state = Path(f"/proc/{pid}/stat")
-    try:
-        return state.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def rows(unit: Unit) -> list[int]:
@@ -521,6 +509,19 @@ def test_ray_is_not_installed(make: MakeUnits, monkeypatch: pytest.MonkeyPatch) 
         run_units(make("say"), engine="ray")
 
 
+def test_a_cluster_that_asks_for_a_token(make: MakeUnits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ray start --head` makes one where a token lies in the home folder; ray.init does not look there."""
+    said = "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: ...\nConnectionError: Failed to connect"
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False))  # type: ignore[misc]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", said))
+    with pytest.raises(UsageError) as caught:
+        run_units(make("say"), engine="ray", address="10.0.0.1:6379")
+    assert str(caught.value) == (
+        "--engine ray: the Ray cluster at '10.0.0.1:6379' asks for a token; set RAY_AUTH_MODE=token, with its token in "
+        "~/.ray/auth_token (where `ray get-auth-token --generate` writes one) or in RAY_AUTH_TOKEN"
+    )
+
+
 GPUS = [{"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 64.0}}]
 CPUS = [
     {"Alive": True, "Resources": {"memory": 1.0}},
@@ -543,6 +544,10 @@ def test_what_a_unit_asks_of_a_cluster(nodes: list[Any], threads: int | None, ex
     assert ray_cluster._share(nodes, threads) == expected
 
 
+def test_a_unit_may_leave_gpus_alone() -> None:
+    assert ray_cluster._share(GPUS, None, gpus=False) == ({"num_cpus": 16}, 16)
+
+
 @pytest.mark.parametrize(("nodes", "threads", "most"), [(CPUS, 9, 8), (CPUS[:1], None, 0)])
 def test_more_threads_than_any_machine_has(nodes: list[Any], threads: int | None, most: int) -> None:
     with pytest.raises(UsageError) as caught:
@@ -559,14 +564,26 @@ def test_a_folder_that_a_machine_does_not_have(tmp_path: Path) -> None:
     assert outcome == Outcome(unit, "failed", f"{where}: a Ray cluster's machines must share the folder")
 
 
-@pytest.fixture(scope="module")
-def cluster(code: Path) -> Iterator[str]:
-    """The address of a Ray cluster of two processors on this machine."""
+@contextmanager
+def own_token() -> Iterator[None]:
+    """For this process and those that it starts, a token that clusters ask for and are given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
+        yield
+
+
+@contextmanager
+def head_of_a_cluster(code: Path) -> Iterator[str]:
+    """Gives the address of a Ray cluster of two processors on this machine, whose workers find modules in `code`.
+
+    It has a token of its own: what Ray does without one depends on whether one lies in the home folder.
+    """
     pytest.importorskip("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, own_token():
         command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
         options = [f"--port={port}", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
         with subprocess.Popen(
@@ -584,6 +601,13 @@ def cluster(code: Path) -> Iterator[str]:
             threading.Thread(target=head.stdout.read).start()
             yield f"127.0.0.1:{port}"
             head.terminate()
+
+
+@pytest.fixture(scope="module")
+def cluster(code: Path) -> Iterator[str]:
+    """The address of a Ray cluster of two processors on this machine."""
+    with head_of_a_cluster(code) as address:
+        yield address
 
 
 @pytest.mark.slow

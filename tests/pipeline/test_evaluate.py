@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import warmerge
 from warmerge.errors import RefusedError, UsageError
 from warmerge.pipeline import evaluate as module
+from warmerge.pipeline import judge
 from warmerge.pipeline.evaluate import Evaluation, evaluate
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, answer_lengths, open_bench
@@ -264,7 +265,7 @@ def test_a_mask_of_other_data_is_refused(
     name = "val" if limit is None else "train"
     (whole,) = read_all([world.data("train")])
     mask.write_text(json.dumps({"fingerprint": whole.fingerprint, "n": 500, "swapped": [1, 9]}))
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     with pytest.raises(UsageError, match="--mask is of a set of 500 comparisons that is not among --data"):
         evaluate([world.a], [world.data(name)], mask=mask, measuring=Measuring(limit=limit))
 
@@ -302,7 +303,7 @@ def test_bad_rows_are_refused_or_counted(world: World, tmp_path: Path, monkeypat
     assert found.rows[0]["n"] == 12
     assert found.notes == ("bad: 1 bad rows were left out",)
     assert found.record["sets"][0]["skipped_rows"] == 1
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     with pytest.raises(RefusedError) as caught:
         evaluate([world.a], [path])
     assert str(caught.value).splitlines()[1:] == [
@@ -334,7 +335,7 @@ def test_existing_results_are_refused_before_anything_is_scored(
     evaluate([world.a], [world.data("val")], out=tmp_path, measuring=FAST)
     before = (tmp_path / "eval.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "load_reward_model", never)
+        patch.setattr(judge, "load_reward_model", never)
         with pytest.raises(UsageError) as caught:
             evaluate([world.b], [world.data("val")], out=tmp_path)
         (tmp_path / "file").write_text("")
@@ -371,7 +372,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_scored(
             value = value.replace(name, place) if isinstance(value, str) else value
         return str(world.a) if value == "A" else value
 
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     arguments = {"checkpoints": ["A"], "data": ["VAL"], **given}
     with pytest.raises(UsageError) as caught:
         evaluate(**{key: filled(value) for key, value in arguments.items()})
@@ -497,7 +498,7 @@ def test_a_model_beside_one_checkpoint_or_what_cannot_be_averaged(world: World) 
              "mean of the half-way models", "best member (b)", "twice"],
 )  # fmt: skip
 def test_a_model_beside_has_a_name_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     beside = [f"{name}={world.c}"] if name != "twice" else [f"twice={world.alien}", f"twice={world.c}"]
     with pytest.raises(UsageError) as caught:
         evaluate([world.a, world.b], [world.data("val")], beside=beside, measuring=FAST)
@@ -507,7 +508,7 @@ def test_a_model_beside_has_a_name_of_its_own(world: World, monkeypatch: pytest.
 
 
 def test_a_member_is_not_measured_beside_itself(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     shutil.copytree(world.b, tmp_path / "copy")
     for other in (world.b, tmp_path / "copy"):
         with pytest.raises(RefusedError) as caught:

@@ -13,7 +13,7 @@ from reward_world import World, own_rewards, pairs, write_rows, write_tokenizer
 
 import warmerge
 from warmerge.errors import RefusedError, UsageError
-from warmerge.pipeline import score as module
+from warmerge.pipeline import judge
 from warmerge.pipeline.score import reward_function, score_file
 from warmerge.rewards.bench import open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
@@ -198,7 +198,7 @@ FORMS = "chosen and rejected; prompt and candidates; prompt and one of completio
 def test_rows_of_no_known_form(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     data = write_rows(tmp_path / "in.jsonl", [{"prompt": "p", "completion": "c"}, row])
     with pytest.raises(RefusedError) as caught:
         score_file(world.a, data, tmp_path / "out.jsonl")
@@ -228,7 +228,7 @@ def test_what_cannot_be_used_is_refused_before_a_model_is_loaded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "load_reward_model", never)
+    monkeypatch.setattr(judge, "load_reward_model", never)
     Path("there.jsonl").write_text("mine")
     write_rows(Path("in.jsonl"), [{"id": 1, "text": "a"}])
     with pytest.raises(UsageError) as caught:

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import warmerge
 from warmerge.errors import Interrupted, RefusedError, UsageError
-from warmerge.pipeline import scorebook as module
+from warmerge.pipeline import judge as module
+from warmerge.pipeline.judge import Judge, open_average, open_judge
 from warmerge.pipeline.kept import read_kept, write_kept
-from warmerge.pipeline.scorebook import SCORES, Judge, ScoreBook, open_average, open_book, open_judge
+from warmerge.pipeline.scorebook import SCORES, ScoreBook, open_book
+from warmerge.pipeline.scoring import here
 from warmerge.rewards import scoring
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import LoadOptions, load_reward_model
@@ -117,7 +119,7 @@ def test_tokens_are_shared_by_models_of_one_rule_only(
         made.append(arguments)
         return Tokens(*arguments)
 
-    monkeypatch.setattr(module, "Tokens", counting)
+    monkeypatch.setattr(here, "Tokens", counting)
     found = book(None)
     for folder in (models / "a", models / "b", models / "c", world.a, world.b):
         assert numpy.array_equal(found.scores(open_judge(folder)).rewards, alone(folder)), folder

@@ -10,9 +10,11 @@ import typer
 
 from warmerge.cli.scoring import (
     AdaptedModel,
+    Address,
     BatchTokens,
     Device,
     Dtype,
+    Engine,
     MaxLength,
     Resamples,
     Seed,
@@ -141,6 +143,8 @@ def bon(
     skip_bad_rows: SkipBadRows = False,
     resamples: Resamples = 2000,
     seed: Seed = 0,
+    engine: Engine = "inline",
+    address: Address = "auto",
     threads: Threads = None,
     offline: Offline = False,
     as_json: Json = False,
@@ -170,7 +174,8 @@ def bon(
             loading = loading_of(device, dtype, template, max_length, trust_remote_code)
             found = best_of_n(
                 source, proxies, out, control=control, n=n, chooser=choose, reference=reference,
-                min_candidates=min_candidates, overwrite=overwrite, command=["warmerge", *sys.argv[1:]],
+                min_candidates=min_candidates, engine=engine, address=address, overwrite=overwrite,
+                command=["warmerge", *sys.argv[1:]],
                 say=lambda line: typer.echo(line, err=True),
                 measuring=measuring_of(
                     loading, base, limit, skip_bad_rows, resamples, seed, batch_tokens, threads, progress

@@ -2,6 +2,7 @@
 
 OUT/pool.jsonl           where a policy was sampled: prompts and their answers
 OUT/scores.safetensors   each model's reward of each text, kept as soon as it is finished
+OUT/.scores...units      on an engine: parts of that, until all are finished
 OUT/chosen.jsonl         the best of N for each prompt
 OUT/bon.json, bon*.csv   every number; bon.png, bon-wins.png and .svg are drawn from them
 """
@@ -26,11 +27,13 @@ from warmerge.pipeline.choosers import (
     targets_of,
     write_chosen,
 )
+from warmerge.pipeline.judge import Judge
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import LENGTH, RANDOM, WARM, Proxy
 from warmerge.pipeline.rewarders import is_function, load_rewarder, open_rewarder
 from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
-from warmerge.pipeline.scorebook import Judge, Scores, open_book
+from warmerge.pipeline.scorebook import Scores, open_book
+from warmerge.pipeline.scoring import check_scoring
 from warmerge.report.results import BON, check_results, without_nan, write_results
 from warmerge.rewards.bench import Measuring, cut_words
 from warmerge.rewards.metrics import FEW
@@ -88,6 +91,8 @@ def best_of_n(
     reference: str | None = None,
     min_candidates: int = 1,
     measuring: Measuring | None = None,
+    engine: str = "inline",
+    address: str = "auto",
     overwrite: bool = False,
     command: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
@@ -108,6 +113,8 @@ def best_of_n(
         reference: the proxy or baseline that differences are to; the first proxy if not given.
         min_candidates: leave out and count the prompts that have fewer.
         measuring: how models are loaded and scored, rows are read (`limit` counts prompts) and intervals made.
+        engine, address: models score in this process ("inline"), or as parts on "local" or "ray" as in `train`, the
+            last on the cluster at `address`. A policy is sampled here.
         say: is told what is being done, a line each.
 
     Raises:
@@ -126,6 +133,7 @@ def best_of_n(
     chooser, reference = _named(proxies, chooser, reference)
     if n is not None and n < 1:
         raise UsageError(f"-n: expected 1 or more, found {n}")
+    check_scoring(engine, measuring, out)
     check_results(out, BON, overwrite)
     if control is not None and is_function(control):
         load_rewarder(open_rewarder(control), measuring)  # a file that is not there, or cannot be run, is told at once
@@ -134,11 +142,12 @@ def best_of_n(
     size, warnings = _size(read, n)
     warnings += [] if sampled is None else sampled.warnings
     warnings += doubts_before([row.prompt for row in read.rows], proxies, judges, control)
-    book = open_book(read.texts, read.fingerprint, measuring, out, overwrite)
+    book = open_book(read.texts, read.fingerprint, measuring, out, overwrite, engine=engine, address=address)
     missing = book.missing(list(judges.values()))
     todo = f"{counted(missing, 'reward')} to compute" if missing else "all rewards are kept from an earlier run"
     say(f"{counted(len(read.texts), 'text')}, {counted(len(judges), 'model')}: {todo}")
     measuring.on_work(missing)
+    book.measure(list(judges.values()))
     scores = {key: book.scores(judge) for key, judge in judges.items()}
     targets, exact = targets_of(read, control, scores, measuring)
     choosers = choosers_of(read, proxies, scores, exact)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
+from warmerge.pipeline.judge import Judge, open_model
 from warmerge.pipeline.prepare import Spec, mixture, prepare, short_labels
+from warmerge.pipeline.scoring import Asked, Found, check_scoring, cuts_of, remove_units, score_all, unit_folder
 from warmerge.report.results import EVAL, check_results, write_results
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, open_bench, results_record
 from warmerge.rewards.corruption import memorised, read_corruption, split_by_corruption
 from warmerge.rewards.ensembles import ENSEMBLES, Scored, constant, ensemble_moved, with_ensembles
-from warmerge.rewards.model import RewardModel, fill, load_reward_model
 from warmerge.rewards.pairs import parse_named
-from warmerge.rewards.scoring import doubts_of
 from warmerge.rewards.smoothness import Sample, movements, sample_changes
 from warmerge.weights.checkpoint import read_json
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST
-from warmerge.weights.plan import MergePlan
 from warmerge.weights.samples import read_sample, same_contents
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from warmerge.rewards.layouts import Text
+
     Array = NDArray[numpy.float64]
+    Texts = Sequence[tuple[Text, Text]]
 
 AVERAGE, START, LENGTH = "average", "start", "length only"
 MEMBERS_MEAN, HALFWAY_MEAN, HALFWAY = "mean of the members", "mean of the half-way models", "half-way to start"
@@ -73,6 +74,8 @@ def evaluate(
     perturb_answers: int = 0,
     mask: Spec | None = None,
     measuring: Measuring | None = None,
+    engine: str = "inline",
+    address: str = "auto",
     overwrite: bool = False,
     command: Sequence[str] = (),
 ) -> Evaluation:
@@ -90,6 +93,8 @@ def evaluate(
         perturb_answers: so many answers of each set are also scored after small changes that should not matter.
         mask: a corruption.json; the set that it is of is split into swapped and clean pairs.
         measuring: how models are loaded and scored, sets are read and intervals made.
+        engine, address: models score in this process ("inline"), or in parts on "local" or "ray" as in `train`, the
+            last on the cluster at `address`; these need `out`.
 
     Raises:
         UsageError, RefusedError, RemoteError: see warmerge.errors. Nothing was scored before a UsageError.
@@ -103,6 +108,7 @@ def evaluate(
     measuring = measuring or Measuring()
     if perturb_answers < 0:
         raise UsageError(f"--perturb: expected a number of answers, found {perturb_answers}")
+    check_scoring(engine, measuring, None if out is None else Path(out))
     named = dict(zip(_names(checkpoints), checkpoints, strict=True))
     merged = {name: checkpoint for name, checkpoint in named.items() if _was_merged(checkpoint, measuring.base)}
     members = {name: checkpoint for name, checkpoint in named.items() if name not in merged} or named
@@ -120,19 +126,26 @@ def evaluate(
     others = [] if init is None else [(START, init, "start")]
     others += [(name, spec, "merged") for name, spec in merged.items() if members is not named]
     others += [(name, spec, "beside") for name, spec in extra.items()]
-    scored, moved, doubts = _score_all(members, others, merges, bench, samples)
+    models = _models(members, others, merges, measuring.base)
+    asked = [Asked(model.judge, _lists(model, bench, samples)) for model in models]
+    units = None if out is None else unit_folder(Path(out) / f"{EVAL}.json")
+    answers = list(score_all(asked, measuring, engine=engine, address=address, store=units))
+    scored, moved, doubts = _scored(models, answers, bench)
     lengths = {name: answer_lengths(texts) for name, texts in bench.texts().items()}
     apart = [model for model in scored if model.kind == "beside"]
-    models = [*with_ensembles(scored), *apart, Scored(LENGTH, "baseline", lengths)]
-    rows, differences = _compare(bench, models)
-    moves = movements(bench, samples, {model.name: model.rewards for model in models}, ensemble_moved(scored, moved))
+    compared = [*with_ensembles(scored), *apart, Scored(LENGTH, "baseline", lengths)]
+    rows, differences = _compare(bench, compared)
+    moves = movements(bench, samples, {model.name: model.rewards for model in compared}, ensemble_moved(scored, moved))
     fingerprints = {model.name: model.fingerprint for model in scored if model.fingerprint is not None}
-    record = results_record("eval 1", command, [*checkpoints, *extra.values()], fingerprints, bench, bench.cuts())
+    cuts = cuts_of(answers, bench.texts())
+    record = results_record("eval 1", command, [*checkpoints, *extra.values()], fingerprints, bench, cuts)
     notes = [*record["notes"], *_notes(scored), *memorised(bench.sets, rows)]
     found = tuple(dict.fromkeys((*warnings, *doubts)))
     result = Evaluation(tuple(rows), tuple(differences), tuple(moves), tuple(notes), found, record)
     if out is not None:
         write_results(Path(out), EVAL, result.as_json())
+    if units is not None:
+        remove_units(units)
     return result
 
 
@@ -171,64 +184,70 @@ def _was_merged(checkpoint: Spec, base: Spec | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Merge:
-    """A model that is filled in memory."""
+class Model:
+    """A row of the table before it is one."""
 
     name: str
     kind: str
-    plan: MergePlan
+    judge: Judge
 
 
 def _merges(
     members: Mapping[str, Spec], init: Spec | None, base: Spec | None, with_average: bool
-) -> tuple[list[Merge], list[Finding]]:
+) -> tuple[list[Model], list[Finding]]:
     """The average, and with `init` each member half-way back to it; every merge is checked as `average` checks it."""
     if len(members) < 2 or not with_average:
         if init is not None:
             raise UsageError("--init compares with an average: give two checkpoints or more, without --no-average")
         return [], []
-    prepared = prepare(list(members.values()), base=base)
-    merges, warnings = [Merge(AVERAGE, "average", prepared.plan)], [*prepared.warnings]
+    specs = tuple(members.values())
+    prepared = prepare(specs, base=base)
+    average = Judge(AVERAGE, prepared.plan.members, prepared.fingerprints, prepared.plan, (), specs, base)
+    merges, warnings = [Model(AVERAGE, "average", average)], [*prepared.warnings]
     for name, checkpoint in members.items() if init is not None else ():
         assert init is not None
         # float32: members and start may be stored in different dtypes.
         pair = prepare([checkpoint, init], base=base, dtype="float32")
-        plan = mixture(pair.plan.members, (0.5, 0.5), "float32")
-        merges.append(Merge(f"{name} {HALFWAY}", "halfway", plan))
+        label, plan = f"{name} {HALFWAY}", mixture(pair.plan.members, (0.5, 0.5), "float32")
+        halfway = Judge(label, plan.members, pair.fingerprints, plan, (), (checkpoint, init), base, "float32")
+        merges.append(Model(label, "halfway", halfway))
         warnings += pair.warnings
     return merges, warnings
 
 
-def _score_all(
-    members: Mapping[str, Spec], others: Sequence[tuple[str, Spec, str]], merges: Sequence[Merge], bench: Bench,
-    samples: Sequence[Sample],
-) -> tuple[list[Scored], dict[str, list[Array]], list[Finding]]:  # fmt: skip
-    """Every model's rewards of the sets, of the changed answers (members and average), and doubts of the models.
+def _models(
+    members: Mapping[str, Spec], others: Sequence[tuple[str, Spec, str]], merges: Sequence[Model], base: Spec | None
+) -> list[Model]:
+    """All models in the order in which they are scored. Merges are poured into the last one before them, a member: the
+    start may have another dtype."""
+    loaded = [*others, *((name, spec, "member") for name, spec in members.items())]
+    models = [Model(name, kind, open_model(spec, base)) for name, spec, kind in loaded]
+    host = models[-1].judge
+    return [*models, *(replace(merge, judge=replace(merge.judge, into=host)) for merge in merges)]
 
-    One model is in memory at a time. Merges are poured into the last one, a member: the start may have another dtype.
-    """
+
+def _lists(model: Model, bench: Bench, samples: Sequence[Sample]) -> tuple[Texts, ...]:
+    """The texts of every set; for members and average then the changed answers."""
+    changed = (sample.changed for sample in samples if model.kind in ("member", "average"))
+    return (*bench.texts().values(), *changed)
+
+
+def _scored(
+    models: Sequence[Model], answers: Sequence[Found], bench: Bench
+) -> tuple[list[Scored], dict[str, list[Array]], list[Finding]]:
+    """Every model's rewards of the sets, of the changed answers (members and average), and doubts of the models."""
     scored: list[Scored] = []
     moved: dict[str, list[Array]] = {}
     doubts: list[Finding] = []
-
-    def measure(model: RewardModel, name: str, kind: str) -> None:
-        begun = time.perf_counter()
-        rewards = bench.score(model)
-        seconds = time.perf_counter() - begun
-        weights = read_sample(model.source).fingerprint if kind not in ("average", "halfway") else None
-        scored.append(Scored(name, kind, rewards, seconds, model.nbytes, weights))
-        if kind in ("member", "average"):
-            moved[name] = [bench.score_texts(model, sample.changed) for sample in samples]
-
-    model = None
-    for name, checkpoint, kind in [*others, *((name, spec, "member") for name, spec in members.items())]:
-        model = None  # frees the last one first
-        model = load_reward_model(checkpoint, bench.measuring.loading, bench.measuring.base)
-        doubts += doubts_of(model)
-        measure(model, name, kind)
-    for merge in merges:
-        assert model is not None
-        measure(fill(model, merge.plan, merge.name, bench.measuring.threads), merge.name, merge.kind)
+    names = list(bench.texts())
+    for model, found in zip(models, answers, strict=True):
+        merged = model.judge.plan is not None
+        rewards, seconds = dict(zip(names, found.rewards, strict=False)), sum(found.seconds[: len(names)])
+        weights = None if merged else model.judge.fingerprints[0]
+        scored.append(Scored(model.name, model.kind, rewards, seconds, found.weights_bytes, weights))
+        doubts += [] if merged else found.doubts
+        if model.kind in ("member", "average"):
+            moved[model.name] = list(found.rewards[len(names) :])
     return scored, moved, doubts
 
 

@@ -19,6 +19,7 @@ import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, counted, plain, quoted
 from warmerge.pipeline.choosers import doubts_before, judges_of, open_judges, single
+from warmerge.pipeline.judge import Judge
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import WARM, Proxy
 from warmerge.pipeline.reinforce.record import WORKING, begun, decides, only_run
@@ -38,7 +39,6 @@ from warmerge.pipeline.sampling.policy import (
     open_policy,
 )
 from warmerge.pipeline.sampling.prompts import Prompts, read_prompts
-from warmerge.pipeline.scorebook import Judge
 from warmerge.rewards.bench import Measuring
 from warmerge.training.record import write_json
 from warmerge.version import versions

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted, some
+from warmerge.errors import Finding, RefusedError, UsageError, naming, plain, quoted, some
+from warmerge.pipeline.judge import open_model
 from warmerge.pipeline.prepare import Spec
-from warmerge.rewards.bench import cut_words
+from warmerge.pipeline.scoring import Asked, check_scoring, remove_units, score_all, unit_folder
+from warmerge.rewards.bench import Measuring, cut_words
 from warmerge.rewards.layouts import BadRow, Layout, answer_to, recognise
 from warmerge.rewards.model import LoadOptions, load_reward_model
 from warmerge.rewards.pairs import Text, read_rows, refused_rows
@@ -61,10 +63,13 @@ def score_file(
     base: Spec | None = None,
     options: LoadOptions | None = None,
     batch_tokens: int | None = None,
+    threads: int | None = None,
     skip_bad_rows: bool = False,
+    engine: str = "inline",
+    address: str = "auto",
     overwrite: bool = False,
-    on_work: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    on_work: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> ScoredFile:
     """Writes the rows of `data` with their rewards added, in their order, as JSON lines.
 
@@ -76,6 +81,8 @@ def score_file(
     Args:
         out: a new file ending in .jsonl or .jsonl.gz.
         column: another name for `reward`.
+        engine, address: the model scores in this process ("inline"), or in parts on "local" or "ray" as in `train`, the
+            last on the cluster at `address`; with so many `threads` each, on the CPU.
 
     Raises:
         UsageError: `out` exists or is `data`, or a column of this name is there.
@@ -90,20 +97,24 @@ def score_file(
         raise UsageError(f"-o: the folder {plain(str(target.parent))} does not exist; make it first")
     if Path(data).exists() and target.exists() and target.samefile(data):
         raise UsageError(f"-o {plain(str(target))} is the data itself; choose another name")
+    measuring = Measuring(
+        options or LoadOptions(), base, batch_tokens=batch_tokens, threads=threads, on_work=on_work, progress=progress
+    )
+    check_scoring(engine, measuring, target)
     rows, skipped = _read(data, column, skip_bad_rows)
     texts = [text for _, columns in rows for entry in columns for text in entry.texts]
-    if on_work is not None:
-        on_work(len(texts))
-    model = load_reward_model(checkpoint, options, base)
-    tokens = Tokens(model.renderer, texts)
-    rewards = iter(score(model, tokens, batch_tokens, progress).tolist())
+    on_work(len(texts))
+    asked, units = [Asked(open_model(checkpoint, base), (texts,))], unit_folder(target)
+    (found,) = score_all(asked, measuring, engine=engine, address=address, store=units)
+    rewards = iter(found.rewards[0].tolist())
     lines = []
     for row, columns in rows:
         added = {entry.name: [next(rewards) for _ in entry.texts] for entry in columns}
         single = {entry.name: added[entry.name][0] for entry in columns if not entry.is_list}
         lines.append(_json({**row, **added, **single}) + "\n")
     _write(target, "".join(lines))
-    return ScoredFile(target, len(rows), len(texts), *tokens.cut(), skipped, model.warnings)
+    remove_units(units)
+    return ScoredFile(target, len(rows), len(texts), *found.cuts[0], skipped, found.doubts)
 
 
 def reward_function(
@@ -203,5 +214,6 @@ def _json(row: Row) -> str:
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     data = text.encode()
-    partial.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        os.replace(partial, path)

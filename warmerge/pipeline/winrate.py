@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, UsageError, counted, plain
+from warmerge.pipeline.judge import Judge
 from warmerge.pipeline.judging.contenders import (
     Answers,
     Contender,
@@ -34,7 +35,6 @@ from warmerge.pipeline.judging.template import digest_of
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.rewarders import OwnFunction, Rewarder, load_rewarder, open_rewarder
 from warmerge.pipeline.sampling import Prompts, Sampling, read_prompts
-from warmerge.pipeline.scorebook import Judge
 from warmerge.report.results import WINRATE, check_results, without_nan, write_results, write_text
 from warmerge.rewards import win_rates
 from warmerge.rewards.bench import Measuring, answer_lengths

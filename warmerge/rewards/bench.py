@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,10 +115,6 @@ class Bench:
             name: self._score(model, self.tokens(model.renderer, name, texts)) for name, texts in self.texts().items()
         }
 
-    def score_texts(self, model: RewardModel, texts: Sequence[tuple[Text, Text]]) -> Array:
-        """The model's rewards (N,) of texts that belong to no set."""
-        return self._score(model, Tokens(model.renderer, texts))
-
     def _score(self, model: RewardModel, tokens: Tokens) -> Array:
         return score(model, tokens, self.measuring.batch_tokens, self.measuring.progress)
 
@@ -132,17 +128,8 @@ class Bench:
         return made
 
     def cuts(self) -> dict[str, dict[str, int]]:
-        """How many texts of each scored set were cut to fit, and by how many rules: models may differ in tokenizer and
-        length limit. The counts are those of the rule that cuts most."""
-        counts: dict[str, dict[str, int]] = {}
-        for _, name, tokens in self._tokens:
-            prompts, answers = tokens.cut()
-            found = {"texts": len(tokens.texts), "prompt_cut": prompts, "answer_cut": answers, "rules": 1}
-            if name in counts:
-                found = max(counts[name], found, key=lambda cut: cut["prompt_cut"] + cut["answer_cut"])
-                found = {**found, "rules": counts[name]["rules"] + 1}
-            counts[name] = found
-        return counts
+        """How many texts of each scored set were cut to fit, as `most_cut` says."""
+        return most_cut((name, len(tokens.texts), *tokens.cut()) for _, name, tokens in self._tokens)
 
     def means(self, subset: Subset, values: Array) -> tuple[Array, Array]:
         """Means (K,) of values (K, n), and their replicates (B, K) over the same resampled prompts for all K."""
@@ -168,6 +155,26 @@ def open_bench(data: Sequence[str], measuring: Measuring | None = None) -> Bench
                 f"--data {plain(subset.name)}: {subset.n} comparisons of one prompt; an interval takes two prompts"
             )
     return Bench(subsets, measuring)
+
+
+def most_cut(found: Iterable[tuple[str, int, int, int]]) -> dict[str, dict[str, int]]:
+    """How many texts of each set were cut to fit, and by how many rules: models may differ in tokenizer and length
+    limit. The counts are those of the rule that cuts most.
+
+    Args:
+        found: for each set and rule the set's name, its texts, those that lost a part of their prompt, of their answer.
+
+    >>> most_cut([("val", 9, 1, 0), ("val", 9, 3, 2)])
+    {'val': {'texts': 9, 'prompt_cut': 3, 'answer_cut': 2, 'rules': 2}}
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for name, texts, prompts, answers in found:
+        cut = {"texts": texts, "prompt_cut": prompts, "answer_cut": answers, "rules": 1}
+        if name in counts:
+            cut = max(counts[name], cut, key=lambda each: each["prompt_cut"] + each["answer_cut"])
+            cut = {**cut, "rules": counts[name]["rules"] + 1}
+        counts[name] = cut
+    return counts
 
 
 def results_record(

@@ -24,7 +24,7 @@ from warmerge.weights.kernels import INTEGER_DTYPE, TORCH_DTYPE
 from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.plan import MergePlan, choose_threads, plan_merge
 from warmerge.weights.rules import RULES, Options
-from warmerge.weights.stream import Engine
+from warmerge.weights.stream import Engine, refuse_changed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The output layer of a language model beside a value head: no reward uses it.
@@ -93,7 +93,7 @@ def load_reward_model(
     device = _device(options.device)
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, base)
     (source,) = make_local([opened])
-    dtype = _dtype(options.dtype, source, device)
+    dtype = choose_dtype(options.dtype, source, device)
     with quiet():
         config = transformers_config(source, options.trust_remote_code)
         if dropout is not None:
@@ -102,6 +102,8 @@ def load_reward_model(
     _head_in_float32(module)
     _set_head(module, {name: _read(source.tensors[name]) for name in source.tensors if is_head(name)})
     module = module.to(device).eval()
+    own_weights(module)
+    refuse_changed([source])
     causal = is_causal(module)
     renderer = open_renderer(
         source,
@@ -138,6 +140,14 @@ def fill(model: RewardModel, plan: MergePlan, label: str, threads: int | None = 
     return replace(model, label=label)
 
 
+def own_weights(module: Any) -> None:
+    """Copies the weights that are on the CPU. transformers leaves them where their files are mapped into memory: what
+    somebody writes into such a file afterwards would change the live model, and a file that is cut would kill us."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def is_causal(module: Any) -> bool:
     """Whether it is a left-to-right decoder whose last token goes through a `score` head, with a cache to reuse."""
     config = module.config.get_text_config()
@@ -150,9 +160,13 @@ def _device(name: str) -> torch.device:
     return choose_device(name)
 
 
-def _dtype(name: str, source: Checkpoint, device: torch.device) -> torch.dtype:
-    """auto: the backbone's own on a GPU, float32 if it has several; on a CPU float32, or bfloat16 for such a backbone
-    where that is faster."""
+def choose_dtype(name: str, source: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype that a checkpoint is scored in on a device. auto: the backbone's own on a GPU, float32 if it has
+    several; on a CPU float32, or bfloat16 for such a backbone where that is faster.
+
+    Raises:
+        UsageError: `name` is neither auto nor one of DTYPES.
+    """
     if name != "auto":
         if name not in DTYPES:
             raise UsageError(f"--dtype: expected auto, {', '.join(DTYPES)}, found {name!r}")
@@ -236,6 +250,7 @@ def set_dropout(config: Any, probability: float) -> list[str]:
 
 def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The module in `dtype`: by transformers from the folder, where it would take the same files, else from memory."""
+    from safetensors import SafetensorError
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
     if not (isinstance(source.folder, LocalFolder) and _by_folder(source)):
@@ -255,10 +270,10 @@ def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code
             ignore_mismatched_sizes=True,  # so that they are listed, with everything else that is wrong
             output_loading_info=True,
         )
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        refuse_changed([source])  # which would be why
         raise RefusedError([Finding(source.label, f"cannot be loaded as a reward model: {error}"[:400])]) from error
     _refuse_incomplete(source.label, info)
-    source.folder.refuse_changed(file for _, file in source.weight_files)
     return module
 
 

@@ -6,6 +6,7 @@ The ways to run a model are in `forward`; the one that is used was found to agre
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Group", "Tokens", "doubts_of", "group_by_prefix", "method_of", "one_by_one", "padded", "prefix_reuse", "score",
-    "scored_position",
+    "scored_position", "windows",
 ]  # fmt: skip
 # Texts tokenised at a time: few at first, so that the model starts early; many later, so that lengths match.
 _FIRST_WINDOW, _WINDOW = 256, 2048
@@ -44,25 +45,50 @@ _FIRST_WINDOW, _WINDOW = 256, 2048
 _METHODS: weakref.WeakKeyDictionary[Any, Callable[[Any, Ids, int], Batches]] = weakref.WeakKeyDictionary()
 
 
-class Tokens:
-    """The tokens of many texts, made in a thread ahead of the model that reads them, and kept for the next model."""
+def windows(count: int) -> list[range]:
+    """Which of so many texts are tokenised and scored together. No batch holds texts of two windows, so the rewards of
+    one do not depend on where, when or beside which others it is scored.
 
-    def __init__(self, renderer: Renderer, texts: Sequence[tuple[Text, Text]]) -> None:
+    >>> windows(2400)
+    [range(0, 256), range(256, 2304), range(2304, 2400)]
+    """
+    bounds = [0, *range(_FIRST_WINDOW, count, _WINDOW), count]
+    return [range(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+
+
+class Tokens:
+    """The tokens of many texts, made in a thread ahead of the model that reads them, and kept for the next model.
+
+    With `window` the texts are that one window of a longer list. `waited` counts the seconds that models waited for
+    their tokens.
+    """
+
+    def __init__(self, renderer: Renderer, texts: Sequence[tuple[Text, Text]], window: range | None = None) -> None:
+        assert window is None or len(window) == len(texts)
         self.renderer = renderer
         self.texts = texts
-        bounds = [0, *range(_FIRST_WINDOW, len(texts), _WINDOW), len(texts)]
-        self._windows = [range(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+        self.first = 0 if window is None else window.start
+        self.waited = 0.0
+        self._windows = windows(len(texts)) if window is None else [window]
         self._made: list[Future[list[Encoded]]] = []
 
-    def __iter__(self) -> Iterator[tuple[range, list[Encoded]]]:
-        """Windows of texts: which ones, and their tokens."""
+    def begin(self) -> None:
+        """Starts the thread that makes them, if it was not started before."""
         if not self._made:
             pool = ThreadPoolExecutor(1)
             for window in self._windows:
-                self._made.append(pool.submit(encode, self.renderer, [self.texts[i] for i in window]))
+                part = self.texts[window.start - self.first : window.stop - self.first]
+                self._made.append(pool.submit(encode, self.renderer, part))
             pool.shutdown(wait=False)
+
+    def __iter__(self) -> Iterator[tuple[range, list[Encoded]]]:
+        """Windows of texts: which ones, and their tokens."""
+        self.begin()
         for window, made in zip(self._windows, self._made, strict=True):
-            yield window, made.result()
+            begun = time.perf_counter()
+            encoded = made.result()
+            self.waited += time.perf_counter() - begun
+            yield window, encoded
 
     def cut(self) -> tuple[int, int]:
         """How many texts lost a part of their prompt, and how many of their answer."""
@@ -89,7 +115,7 @@ def score(
     """
     rewards = numpy.full(len(tokens.texts), numpy.nan)
     for rows, values in outputs(model, tokens, batch_tokens, progress):
-        rewards[rows] = values[:, 0]
+        rewards[[row - tokens.first for row in rows]] = values[:, 0]
     return rewards
 
 

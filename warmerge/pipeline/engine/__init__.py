@@ -38,6 +38,7 @@ def run_units(
             process: what kills a unit kills the run, which goes on when it is started again.
         threads: of each unit, on the CPU. None shares out the processors of a machine among its GPUs.
         devices: for "local", what units run on: CUDA_VISIBLE_DEVICES of each, or "cpu". None takes what is visible.
+            For "ray" ["cpu"] leaves a cluster's GPUs alone.
         on_outcome: told of each outcome when the unit ends.
         while_waiting: called about five times a second.
 
@@ -50,7 +51,7 @@ def run_units(
         return []
     if engine == "inline":
         return run_inline(units, threads, on_outcome, while_waiting)
-    running = Local(units, devices, threads) if engine == "local" else OnRay(units, address, threads)
+    running = Local(units, devices, threads) if engine == "local" else OnRay(units, address, threads, devices)
     outcomes: dict[int, Outcome] = {}
     told = False
     # Ray prints to stdout, where results go, when a worker dies.

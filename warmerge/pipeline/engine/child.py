@@ -14,13 +14,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-from warmerge.errors import Interrupted, WarmergeError
+from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError
 
 LOG, _LOCK = "log.txt", ".lock"
 POLL_SECONDS = 0.2
@@ -51,11 +51,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a unit ended: "done", "failed" or "stopped"; and, unless done, why, in words for people."""
+    """How a unit ended: "done", "failed" or "stopped"; and, unless done, why, in words for people.
+
+    Of an error of warmerge's own, `exit_code` is its kind's, and `findings` are those of a refusal.
+    """
 
     unit: Unit
     state: str
     message: str
+    exit_code: int = 1
+    findings: tuple[Finding, ...] = ()
 
 
 def interrupted(units: Sequence[Unit], ended: Iterable[Outcome]) -> Interrupted:
@@ -104,25 +109,28 @@ def main() -> None:
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()} on {socket.gethostname()}, {shown}")
     with stop_requested() as stop:
         # An orphan would train for hours, and in the way of the next run.
-        outcome = call(function, Path(where), lambda: stop() or os.getppid() != int(parent))
+        outcome = call(Unit("", function, Path(where)), lambda: stop() or os.getppid() != int(parent))
         if os.getppid() == int(parent):
-            Path(report).write_text(json.dumps(outcome) + "\n")
+            said = {key: value for key, value in asdict(outcome).items() if key != "unit"}
+            Path(report).write_text(json.dumps(said) + "\n")
         else:
             Path(report).unlink()
 
 
-def call(function: str, folder: Path, stop: Callable[[], bool]) -> tuple[str, str]:
-    """State and message of the outcome; a traceback of what went wrong is printed."""
+def call(unit: Unit, stop: Callable[[], bool]) -> Outcome:
+    """Runs a unit in this process; a traceback of what went wrong is printed."""
     try:
-        with only_worker(folder, stop):
-            module, _, name = function.partition(":")
-            getattr(import_module(module), name)(folder, stop)
+        with only_worker(unit.folder, stop):
+            module, _, name = unit.function.partition(":")
+            getattr(import_module(module), name)(unit.folder, stop)
     except (Interrupted, KeyboardInterrupt) as error:
-        return "stopped", str(error)
+        return Outcome(unit, "stopped", str(error))
     except BaseException as error:  # noqa: BLE001 - whatever a unit raises is its outcome, SystemExit too
         traceback.print_exc()
-        return "failed", _reason(error, folder / LOG)
-    return "done", ""
+        code = error.exit_code if isinstance(error, WarmergeError) else 1
+        findings = error.findings if isinstance(error, RefusedError) else ()
+        return Outcome(unit, "failed", _reason(error, unit.folder / LOG), code, findings)
+    return Outcome(unit, "done", "")
 
 
 def _reason(error: BaseException, log: Path) -> str:
@@ -163,7 +171,10 @@ def only_worker(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
 class Child:
     """A unit's running process. Its output is appended to the folder's log; its outcome comes back in a small file."""
 
-    def __init__(self, unit: Unit, threads: int, device: str | None = None, cwd: str | None = None) -> None:
+    def __init__(
+        self, unit: Unit, threads: int, device: str | None = None, cwd: str | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.unit = unit
         descriptor, report = tempfile.mkstemp(prefix="warmerge-")
         os.close(descriptor)
@@ -172,6 +183,7 @@ class Child:
         environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
+        environment |= settings or {}
         command = [sys.executable, "-u", "-X", "faulthandler", "-c", _CHILD, os.pathsep.join(sys.path)]
         with (unit.folder / LOG).open("ab") as log:
             # In a session of its own a terminal's Ctrl-C does not reach it: the parent tells it.
@@ -189,7 +201,9 @@ class Child:
         report = self._report.read_text()
         self._report.unlink()
         if report.endswith("\n"):
-            return Outcome(self.unit, *json.loads(report))
+            said = json.loads(report)
+            findings = tuple(Finding(**finding) for finding in said.pop("findings"))
+            return Outcome(self.unit, **said, findings=findings)
         if code in (-signal.SIGTERM, -signal.SIGINT):
             return Outcome(self.unit, "stopped", "stopped before it began")
         return Outcome(self.unit, "failed", f"{_death(code)} (see {self.unit.folder / LOG})")

@@ -31,8 +31,7 @@ def run_inline(
                 if stop():
                     break
                 with (unit.folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-                    state, message = call(unit.function, unit.folder, look)
-                outcomes.append(Outcome(unit, state, message))
+                    outcomes.append(call(unit, look))
                 on_outcome(outcomes[-1])
             if stop():
                 raise interrupted(units, outcomes)

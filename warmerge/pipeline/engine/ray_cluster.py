@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,21 @@ from warmerge.errors import UsageError
 from warmerge.pipeline.engine.child import LOG, POLL_SECONDS, SMALLER, Child, Outcome, Unit
 
 _STOP = ".stop"
-_PROBE_SECONDS = 30
+# What the user said by environment variables, or by --offline, and workers of a cluster would not hear of.
+_SETTINGS = ("HF_HUB_OFFLINE",)
+_PROBE_SECONDS = 60
 _RETRIES = 3
+# Ray starts a cluster with a token where one lies about, and does not look there when it connects.
+_TOKEN_MISSING = "InvalidAuthToken"
 _PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
 
 class OnRay:
     """Every unit is a task that runs the child process on a machine of the cluster, and again if its worker dies."""
 
-    def __init__(self, units: Sequence[Unit], address: str, threads: int | None) -> None:
+    def __init__(
+        self, units: Sequence[Unit], address: str, threads: int | None, devices: Sequence[str] | None = None
+    ) -> None:
         self._ray, self._connected_here = _connect(address)
         self._units = units
         # A file left by a run that was killed does not stop this one.
@@ -34,13 +40,15 @@ class OnRay:
         self._killed = False
         self._pending: dict[Any, int] = {}
         try:
-            resources, threads = _share(self._ray.nodes(), threads)
+            device = "cpu" if devices == ["cpu"] else None
+            resources, threads = _share(self._ray.nodes(), threads, gpus=device is None)
         except UsageError:
             self.close()
             raise
+        settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
         task = self._ray.remote(_task).options(max_retries=_RETRIES, **resources)
         for i, unit in enumerate(units):
-            self._pending[task.remote(unit, threads, self._token, os.getcwd())] = i
+            self._pending[task.remote(unit, threads, self._token, os.getcwd(), device, settings)] = i
 
     @property
     def busy(self) -> bool:
@@ -87,8 +95,11 @@ class OnRay:
             self._ray.shutdown()
 
 
-def _task(unit: Unit, threads: int, token: str, cwd: str) -> Outcome:
-    """What a Ray worker does for a unit. Ray has set CUDA_VISIBLE_DEVICES."""
+def _task(
+    unit: Unit, threads: int, token: str, cwd: str, device: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Outcome:  # fmt: skip
+    """What a Ray worker does for a unit. Ray has set CUDA_VISIBLE_DEVICES; a unit for "cpu" sees no GPU."""
     if not unit.folder.is_dir():
         where = socket.gethostname()
         return Outcome(
@@ -96,7 +107,7 @@ def _task(unit: Unit, threads: int, token: str, cwd: str) -> Outcome:
         )
     if _told(unit.folder, token):
         return Outcome(unit, "stopped", "stopped before it began")
-    running = Child(unit, threads, cwd=cwd if Path(cwd).is_dir() else None)
+    running = Child(unit, threads, device, cwd if Path(cwd).is_dir() else None, settings)
     asked = time.monotonic()
     while (outcome := running.outcome()) is None:
         time.sleep(POLL_SECONDS)
@@ -128,10 +139,17 @@ def _connect(address: str) -> tuple[Any, bool]:
         probe = subprocess.run(
             [sys.executable, "-c", _PROBE, address], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False
         )
-        lines = probe.stderr.strip().splitlines()
+        said = probe.stderr
+        lines = said.strip().splitlines()
         why = None if probe.returncode == 0 else lines[-1] if lines else f"exit code {probe.returncode}"
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
+        said = str(error.stderr)
         why = f"no answer in {_PROBE_SECONDS} seconds"
+    if why is not None and _TOKEN_MISSING in said:
+        raise UsageError(
+            f"--engine ray: the Ray cluster at {address!r} asks for a token; set RAY_AUTH_MODE=token, with its token "
+            "in ~/.ray/auth_token (where `ray get-auth-token --generate` writes one) or in RAY_AUTH_TOKEN"
+        )
     if why is not None:
         raise UsageError(
             f"--engine ray: no Ray cluster at {address!r} ({why}); "
@@ -144,11 +162,12 @@ def _connect(address: str) -> tuple[Any, bool]:
     return ray, True
 
 
-def _share(nodes: Sequence[dict[str, Any]], threads: int | None) -> tuple[dict[str, int], int]:
-    """What a unit asks of the cluster, and its threads: a GPU, or else so many processors."""
+def _share(nodes: Sequence[dict[str, Any]], threads: int | None, gpus: bool = True) -> tuple[dict[str, int], int]:
+    """What a unit asks of the cluster, and its threads: a GPU, or where there is none, or none is wanted, so many
+    processors."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
     with_gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1]
-    if with_gpus:
+    if with_gpus and gpus:
         shares = [max(1, int(machine.get("CPU", 1) // machine["GPU"])) for machine in with_gpus]
         return {"num_gpus": 1, "num_cpus": 0}, threads or min(shares)
     cpus = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
