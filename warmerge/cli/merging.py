@@ -111,7 +111,7 @@ def average(
         ),
     ] = False,
     offline: Offline = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda[:N].")] = "auto",
     threads: Threads = None,
     max_shard_size: Annotated[
         str, typer.Option(rich_help_panel="Output", help="Largest output file, e.g. 500MB.")

@@ -68,7 +68,8 @@ def average(
         allow_duplicates: also count one checkpoint twice.
         tokenizer_from: number (from 1) of the checkpoint whose tokenizer to take although they differ.
         stream: read checkpoints on the Hub by ranged requests, instead of downloading them into its cache first.
-        threads, device: how to compute; results do not depend on them (CUDA: within one rounding).
+        threads, device: how to compute; results do not depend on them (CUDA: within one rounding). The device is auto
+            (the CPU, also where there is a GPU), cpu, cuda or cuda:N.
         overwrite: replace `out` if an earlier merge wrote it.
         resume: continue an interrupted merge into `out`.
         command, selection: for the record in warmerge.json: what was typed, and how members were selected.

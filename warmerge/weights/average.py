@@ -30,14 +30,21 @@ from warmerge.weights.output import (
 )
 from warmerge.weights.plan import MergePlan, Shard, TensorPlan
 from warmerge.weights.rules import Coefficients
-from warmerge.weights.stream import Engine, coefficients_of, refuse_changed, refuse_unequal_integers
+from warmerge.weights.stream import (
+    Engine,
+    coefficients_of,
+    refuse_changed,
+    refuse_changed_inputs,
+    refuse_unequal_integers,
+)
 
 
 def choose_device(name: str) -> torch.device:
     """The device that tiles are computed on.
 
     "auto" is the CPU: a merge moves each byte once and adds, so the disk, then the memory, then the bus to the GPU
-    are the limit. It will pick CUDA when a table in benchmarks/ shows where that is faster.
+    are the limit. It will pick CUDA when a table in benchmarks/ shows where that is faster. It does not try out both
+    here: where a GPU's last bit is another one (Gram matrices, LoRA), the result would then depend on a clock.
 
     Raises:
         UsageError: the name is not auto, cpu or cuda[:N], or there is no such GPU.
@@ -190,7 +197,7 @@ def _write_shards(plan: MergePlan, output: Output, engine: Engine) -> dict[str, 
             file = ShardFile(output, shard)
             try:
                 engine.merge(shard.tensors, coefficients, file.write)
-                refuse_changed(plan.inputs)
+                refuse_changed_inputs(shard.tensors)
             except BaseException:
                 file.abandon()
                 raise
