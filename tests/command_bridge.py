@@ -50,7 +50,7 @@ class Bridge:
         os.close(self._asked)
         shutil.rmtree(self._place)
 
-    def run(self, script: str, seconds: float = 100.0, **variables: str) -> Done:
+    def run(self, script: str, seconds: float = 240.0, **variables: str) -> Done:
         """What bash makes of a script in the folder; afterwards `self.folder` is where it ended."""
         path = f"{self._place / 'bin'}{os.pathsep}{os.environ['PATH']}"
         ended = self._place / "pwd"
