@@ -23,6 +23,7 @@ from warmerge.rewards.bench import (
 )
 from warmerge.rewards.metrics import Estimate
 from warmerge.rewards.model import LoadOptions, load_reward_model
+from warmerge.rewards.scoring import Tokens, score
 
 
 def bench_of(tmp_path: Path, rows: list[Any], name: str = "val", **options: Any) -> Bench:
@@ -92,8 +93,8 @@ def test_rewards_of_a_set_are_those_of_its_texts(tmp_path: Path, world: Any) -> 
     bench = bench_of(tmp_path, pairs(6, 1), progress=seen.append)
     model = load_reward_model(world.a)
     rewards = bench.score(model)["val"]
-    assert rewards == pytest.approx(bench.score_texts(model, bench.sets[0].texts.texts), abs=1e-6)
-    assert sum(seen) == 2 * len(rewards)
+    assert rewards == pytest.approx(score(model, Tokens(model.renderer, bench.sets[0].texts.texts)), abs=1e-6)
+    assert sum(seen) == len(rewards)
 
 
 def test_cuts_are_those_of_the_rule_that_cuts_most(tmp_path: Path, world: Any) -> None:

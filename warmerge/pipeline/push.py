@@ -172,7 +172,11 @@ def propose(
     )  # fmt: skip
     card, said = written_card(checkpoint, merge, facts, measured, run_lines) if own is None else (own, [OWN])
     files = {**model_files(checkpoint), **pictures(measured), CARD: card.encode(errors="backslashreplace")}
-    changes = change(target, files, stale(target.digests, files), progress)
+    try:
+        changes = change(target, files, stale(target.digests, files), progress)
+    except ValueError:  # as huggingface_hub says it where a file is gone
+        refuse_changed([checkpoint])
+        raise
     refuse_changed([checkpoint])  # what was looked through is what was hashed, and the Hub checks the hash
     proposal = Proposal(
         target.repo, revision, target.exists, target.private, create_pr, message or _message(merge),

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from warmerge.errors import Finding, RefusedError, plain, some
-from warmerge.rewards.model import transformers_config
+from warmerge.rewards.model import own_weights, transformers_config
 from warmerge.rewards.tokenizer import quiet
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes
 from warmerge.weights.kernels import TORCH_DTYPE
 from warmerge.weights.small_files import OTHER_FILES, TOKENIZER_FILES, architecture
+from warmerge.weights.stream import refuse_changed
 
 
 def open_language_model(source: Checkpoint, trust_remote_code: bool) -> Any:
@@ -39,8 +40,10 @@ def load_language_model(
         purpose: what it cannot be if transformers does not load it: "fine-tuned".
 
     Raises:
-        RefusedError: transformers cannot load it; weights that are missing, not known or of another shape.
+        RefusedError: transformers cannot load it; weights that are missing, not known or of another shape; a file
+            that changed meanwhile.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     assert isinstance(source.folder, LocalFolder), "models are loaded from files on this machine"
@@ -50,7 +53,8 @@ def load_language_model(
                 source.folder.path, config=config, dtype=dtype, use_safetensors=True,
                 trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
+    except (ValueError, ImportError, RuntimeError, OSError, SafetensorError) as error:
+        refuse_changed([source])  # which would be why
         raise RefusedError([Finding(source.label, f"cannot be {purpose}: {error}"[:400])]) from error
     wrong = [
         Finding(source.label, f"{len(names)} tensors {what}: {some(names)}")
@@ -63,6 +67,8 @@ def load_language_model(
     ]
     if wrong:
         raise RefusedError(wrong)
+    own_weights(module)
+    refuse_changed([source])
     return module
 
 

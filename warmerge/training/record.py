@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, RefusedError, UsageError, plain
+from warmerge.errors import Finding, RefusedError, UsageError, naming, plain
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.pairs import PreferenceSet
 from warmerge.training.recipe import Member, read_member
@@ -98,6 +98,7 @@ def write_members(out: Path, made: Sequence[Member]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes a file that is there whole or not at all, and on the disk when this returns."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)

@@ -32,7 +32,13 @@ from warmerge.rewards.render import Encoded, Renderer
 from warmerge.rewards.tokenizer import open_renderer, quiet
 from warmerge.training.answers import tokenise_answers
 from warmerge.training.language_model import open_language_model, write_language_model
-from warmerge.training.trl_checkpoints import finish_checkpoint, last_checkpoint, remove_partial, step_of
+from warmerge.training.trl_checkpoints import (
+    checkpoints_in,
+    finish_checkpoint,
+    last_checkpoint,
+    remove_partial,
+    step_of,
+)
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.locate import make_local, open_checkpoint
 from warmerge.weights.samples import read_sample
@@ -217,7 +223,8 @@ def _train(
         trainer.add_callback(_keeping(working, kept, write, wait, progress))
         last = last_checkpoint(working)
         if last is None or step_of(last) < recipe.steps:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with checkpoints_in(working):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_world_process_zero():
         last = last_checkpoint(working)
         assert last is not None, "the last step is kept"

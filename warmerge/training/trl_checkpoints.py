@@ -6,19 +6,46 @@ They are not written in one go: one that was written to its end carries a list o
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from warmerge.errors import Finding, RefusedError
+from warmerge.errors import Finding, RefusedError, WarmergeError, naming, plain
 
 WHOLE = "whole"
+# What torch says where a checkpoint cannot be written to its end, or read: of a full disk it does not speak.
+_TORCH_SAYS = ("PytorchStream", "inline_container", "iostream error")
+
+
+@contextmanager
+def checkpoints_in(working: Path) -> Iterator[None]:
+    """Around whatever writes checkpoints to a folder and reads them: what fails on the disk is said with the folder.
+
+    Raises:
+        WarmergeError: torch or safetensors could not write or read one. OSErrors without a name get the folder's.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with naming(working):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_SAYS):
+            raise
+        what = f"a checkpoint in {plain(str(working))} cannot be written or read: {error}"
+        hint = "Is the disk full? The same command goes on; if it says this again, delete the run's folder"
+        raise WarmergeError(f"{what}. {hint}") from error
 
 
 def finish_checkpoint(working: Path, step: int) -> None:
     """Marks the checkpoint of a step as whole, and removes all others."""
     written = working / f"checkpoint-{step}"
     sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
-    (written / WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
+    partial = working / f".{WHOLE}.partial"  # a list that was cut would be a damaged checkpoint
+    partial.write_text(json.dumps(sizes), encoding="utf-8")
+    os.replace(partial, written / WHOLE)
     for other in working.glob("checkpoint-*"):
         if other != written:
             shutil.rmtree(other)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from warmerge.errors import UsageError, WarmergeError
+from warmerge.errors import UsageError, WarmergeError, naming
+from warmerge.weights import foreign_json
 from warmerge.weights.checkpoint import INDEX, parse_json
 from warmerge.weights.kernels import memory
 from warmerge.weights.plan import MergePlan, Shard, TensorPlan
@@ -47,9 +48,9 @@ def made_of(folder: Path) -> list[dict[str, Any]]:
     """What the weights in a folder were made of, by warmerge.json: an entry for each input of a merge or of a new head,
     with its `checkpoint` as it was typed and its `fingerprint`. [] where nothing readable says so."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = foreign_json.parse(foreign_json.text_of(folder / MANIFEST))
         entries = [*manifest.get("inputs", []), *([manifest["input"]] if "input" in manifest else [])]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return []
     return [entry for entry in entries if isinstance(entry, dict)]
 
@@ -257,11 +258,12 @@ def _write_progress(partial: Path, fingerprint: str, finished: Mapping[str, Any]
 
 def _write_synced(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        _write_all(descriptor, memoryview(data), 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        try:
+            _write_all(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -273,7 +275,8 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 def sync(path: Path) -> None:
     """On the disk, not only in memory: a name must not outlive a power cut that its content does not."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

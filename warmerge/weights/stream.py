@@ -94,15 +94,23 @@ class Engine:
 
         The result does not depend on threads or on `tile`: the blocks are fixed, and their parts are summed exactly.
         """
-        parts: dict[str, dict[int, list[list[float]]]] = {tensor.name: {} for tensor in tensors}
+        parts: dict[str, list[list[list[float]]]] = {tensor.name: [] for tensor in tensors}
+        sums = {tensor.name: _summed((), len(tensor.members)) for tensor in tensors}
+        lock = threading.Lock()
 
         def work(item: Tile, workspace: Workspace) -> None:
             tensor, start, stop = item
-            parts[tensor.name][start] = gram(tensor.members, tensor.base, start, stop, workspace)
+            found = gram(tensor.members, tensor.base, start, stop, workspace)
+            with lock:
+                waiting = parts[tensor.name]
+                waiting.append(found)
+                # At once: the parts of all tensors of a large model would take gigabytes.
+                if len(waiting) == -(-tensor.numel // TILE):
+                    sums[tensor.name] = _summed(parts.pop(tensor.name), len(tensor.members))
             self.progress(tensor.input_bytes * (stop - start) // tensor.numel)
 
         self.run(_tiles(tensors, TILE), work, TILE, _read_by_tiles(tensors))
-        return {tensor.name: _summed(parts[tensor.name].values(), len(tensor.members)) for tensor in tensors}
+        return sums
 
     def refuse_bad(self) -> None:
         """Raises RefusedError with every value found so far that is not finite."""
@@ -160,9 +168,18 @@ def refuse_nonfinite(tensors: Sequence[TensorPlan], engine: Engine) -> None:
 
 def refuse_changed(checkpoints: Iterable[Checkpoint]) -> None:
     """Raises RefusedError if an input file is not what it was when it was opened: ask after reading it."""
+    _refuse_changed(tensor for checkpoint in checkpoints for tensor in checkpoint.tensors.values())
+
+
+def refuse_changed_inputs(tensors: Iterable[TensorPlan]) -> None:
+    """The same, of the files alone that these tensors are read from: what each shard asks when it has been computed."""
+    _refuse_changed(tensor for plan in tensors for tensor in plan.inputs)
+
+
+def _refuse_changed(tensors: Iterable[Tensor]) -> None:
     folders: dict[str, tuple[Folder, set[str]]] = {}
-    for folder, file in (pair for checkpoint in checkpoints for pair in checkpoint.weight_files):
-        folders.setdefault(folder.identity, (folder, set()))[1].add(file)
+    for part in (part for tensor in tensors for part in tensor.parts):
+        folders.setdefault(part.folder.identity, (part.folder, set()))[1].add(part.file)
     for folder, files in folders.values():
         folder.refuse_changed(sorted(files))
 
@@ -210,4 +227,12 @@ def _raw_tile(tensor: Tensor, start: int, stop: int) -> torch.Tensor:
 
 def _summed(parts: Iterable[list[list[float]]], count: int) -> list[list[float]]:
     matrices = list(parts)
-    return [[math.fsum(matrix[i][j] for matrix in matrices) for j in range(count)] for i in range(count)]
+    return [[_sum([matrix[i][j] for matrix in matrices]) for j in range(count)] for i in range(count)]
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    """Their exact sum, rounded once; NaN where it has none: infinities of both signs, or numbers that overflow."""
+    try:
+        return math.fsum(numbers)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from warmerge.errors import Interrupted, RemoteError, UsageError, WarmergeError, counted, plain
+from warmerge.errors import Interrupted, RemoteError, UsageError, WarmergeError, counted, naming, plain
 from warmerge.pipeline.judging.llm import Client, LlmJudge, Reply
 from warmerge.pipeline.judging.template import digest_of, filled, shown, verdict_of
 from warmerge.pipeline.sampling import pool_file
@@ -99,7 +99,8 @@ def ask_all(
         run = _Run(judge, seed, missing)
         try:
             for asked, reply in run.replies():
-                _append(descriptor, judge, asked, reply, seed)
+                with naming(store):
+                    _append(descriptor, judge, asked, reply, seed)
                 replies[asked.key] = reply
                 progress(1)
                 _refuse_hopeless(replies, store)

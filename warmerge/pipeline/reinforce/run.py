@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 import torch
 
-from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError, plain
+from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError, naming, plain
 from warmerge.pipeline.reinforce.record import WORKING
 from warmerge.pipeline.reinforce.reward import combined
 from warmerge.pipeline.reinforce.settings import RlSettings
@@ -30,7 +30,13 @@ from warmerge.pipeline.rl_runs import ROWS
 from warmerge.report.results import write_text
 from warmerge.rewards.tokenizer import quiet
 from warmerge.training.language_model import merged_state, write_language_model
-from warmerge.training.trl_checkpoints import finish_checkpoint, last_checkpoint, remove_partial, step_of
+from warmerge.training.trl_checkpoints import (
+    checkpoints_in,
+    finish_checkpoint,
+    last_checkpoint,
+    remove_partial,
+    step_of,
+)
 
 SAMPLES = "samples"
 # Nats per token between the policy and its start before the first update: they are one model.
@@ -54,24 +60,18 @@ def run(
         WarmergeError: out of memory; a gradient or a reward that is not finite; files that cannot be read or written.
         RefusedError: rewards that teach nothing; a run that lost some of its files; as `make_trainer`.
     """
-    from safetensors import SafetensorError
-
     working = task.out / WORKING
     try:
-        with quiet(), warnings.catch_warnings():
+        with checkpoints_in(working), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TRL reads a property of transformers that has a new name
             _run(task, working, begin, progress, use_cpu)
     except KeyboardInterrupt:
         at = last_checkpoint(working)
         found = "nothing is kept" if at is None else f"step {step_of(at)} is kept in {plain(str(working))}"
         raise Interrupted(f"stopped; {found}; the same command goes on") from None
-    except SafetensorError as error:
-        raise WarmergeError(_unwritten(working, error)) from error
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise WarmergeError(_out_of_memory(task.settings)) from error
-        if "PytorchStream" in str(error) or "inline_container" in str(error):
-            raise WarmergeError(_unwritten(working, error)) from error
         raise
 
 
@@ -130,7 +130,7 @@ def _callback(task: Task, trainer: Any, wait: Callable[[], None], progress: Call
             row = row_of({**logs, "step": state.global_step}, settings, self.seconds)
             _refuse_broken(row, settings)
             if state.is_world_process_zero:
-                with rows.open("a", encoding="utf-8") as file:
+                with naming(rows), rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 progress(row)
             if state.global_step % settings.sample_every == 0 or state.global_step == settings.steps:
@@ -238,11 +238,6 @@ def _cut_rows(path: Path, done: int) -> None:
         what = f"does not hold a row for each of the {done} steps that are kept; delete the run's folder to begin again"
         raise RefusedError([Finding(str(path), what)])
     write_text(path, "".join(lines))
-
-
-def _unwritten(working: Path, error: Exception) -> str:
-    what = f"a checkpoint in {plain(str(working))} cannot be written or read: {error}"
-    return f"{what}. Is the disk full? The same command goes on; if it says this again, delete the run's folder"
 
 
 def _out_of_memory(settings: RlSettings) -> str:

@@ -22,9 +22,10 @@ from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, pl
 from warmerge.pipeline.reinforce.reward import Rewards
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, Questions
-from warmerge.rewards.model import set_dropout
+from warmerge.rewards.model import own_weights, set_dropout
 from warmerge.training.language_model import load_language_model
 from warmerge.training.trainable import lora_config
+from warmerge.weights.stream import refuse_changed
 
 # What is called or replaced of TRL's own methods: it may rename them, and a method that nobody calls replaces nothing.
 _METHODS = (
@@ -87,6 +88,7 @@ def make_trainer(
         WarmergeError: TRL refuses the model.
     """
     from datasets import Dataset
+    from safetensors import SafetensorError
     from transformers import PrinterCallback
 
     settings = rewards.settings
@@ -108,8 +110,12 @@ def make_trainer(
         )  # fmt: skip
     except ImportError as error:
         raise UsageError(f"--generator {settings.generator} cannot be used here: {error}") from error
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError, SafetensorError) as error:
+        refuse_changed([policy.source])  # which would be why
         raise WarmergeError(f"TRL cannot optimise this policy: {error}") from error
+    if trainer.ref_model is not None:  # TRL has loaded it itself, from the folder
+        own_weights(trainer.ref_model)
+        refuse_changed([policy.source])
     trainer.remove_callback(PrinterCallback)  # it prints rows to stdout
     return trainer
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, Interrupted, plain
+from warmerge.errors import Finding, Interrupted, naming, plain
 from warmerge.pipeline.sampling import pool_file
 from warmerge.pipeline.sampling.policy import (
     Drawn,
@@ -174,7 +174,9 @@ def _sample(
     try:
         for drawn in generate(list(zip(work.ids, seeds, strict=True))[done:]):
             prompt, ids = work.prompts[done], work.ids[done]
-            pool_file.append(descriptor, prompt, [work.policy.answer(prompt, ids, one) for one in drawn])
+            answers = [work.policy.answer(prompt, ids, one) for one in drawn]
+            with naming(work.out):
+                pool_file.append(descriptor, prompt, answers)
             done += 1
             if progress is not None:
                 progress(1)
