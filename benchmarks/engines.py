@@ -68,7 +68,7 @@ def cluster(engine: str, processors: int) -> Iterator[None]:
         return
     import ray
 
-    ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:

@@ -343,7 +343,7 @@ class Bench:
                 else:
                     os.killpg(child, signal.SIGKILL)
                 when = None
-            time.sleep(0.0005)
+            time.sleep(0.001)
         code = os.waitstatus_to_exitcode(status)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what it may have started
@@ -525,7 +525,7 @@ def trial(
             row.notes.append(f"{signal.Signals(-ended.code).name}: {where}")
     else:
         row.refused += 1
-        if not _named(ended, fault, os.listdir(bench.world)):
+        if not _named(ended, fault, bench):
             row.unnamed += 1
             row.notes.append(f"UNNAMED: {where}: {ended.err[-500:]}")
     if fault.victim:
@@ -543,14 +543,15 @@ def trial(
         )
 
 
-def _named(ended: Ended, fault: Fault, inputs: Sequence[str]) -> bool:
+def _named(ended: Ended, fault: Fault, bench: Bench) -> bool:
     """Whether the message names the file, or a folder that it lies in."""
-    parts = Path(fault.victim or ended.story.split(" ")[-1]).parts[-4:]
-    names = [re.sub(r"^\.|(\.partial|\.new|\.part)$", "", part) for part in parts]
-    # Where all calls fail from one on, several threads meet them, and any of their files will do.
-    others = inputs if fault.action == FAIL_ON else ()
-    here = ".: " if fault.mask and not names else ""  # the folder that the command was given in
-    return any(len(name) > 1 and name in ended.err for name in (here, *names, *others))
+    path = Path(fault.victim or ended.story.split(" ")[-1])
+    names = [re.sub(r"^\.|(\.partial|\.new|\.part|\.old)$", "", part) for part in path.parts[-4:]]
+    if path.parent == bench.place:  # the folder that the command was given in
+        names.append(".: ")
+    if fault.action == FAIL_ON:  # several threads meet it, and any of their files will do
+        names += os.listdir(bench.world)
+    return any(len(name) > 1 and name in ended.err for name in names)
 
 
 def _again(bench: Bench, case: Case, work: Path) -> Ended:

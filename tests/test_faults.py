@@ -17,6 +17,7 @@ import tiny_models
 import torch
 from rl_worlds import optimise, untimed
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from test_cli import environment, here
 
 from warmerge.errors import RefusedError, WarmergeError, naming
@@ -299,6 +300,25 @@ def test_a_checkpoint_that_was_not_marked_to_the_end_is_none(tmp_path: Path, mon
     assert last_checkpoint(tmp_path) is None
     finish_checkpoint(tmp_path, 2)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_what_fails_after_the_last_rename_does_not_send_anybody_to_resume(
+    tmp_path: Path, rm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, out = rm("a", seed=1), rm("b", seed=2), tmp_path / "warm"
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if out.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        done = here("average", a, b, "-o", out)
+    said = f"warmerge: {tmp_path}: Input/output error; {out} is complete, but may not outlive a power cut\n"
+    assert done == (1, "", said)
+    assert len(load_file(out / "model.safetensors")) == len(load_file(a / "model.safetensors"))
 
 
 # --- killed ---

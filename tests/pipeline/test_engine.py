@@ -10,18 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import alive, wait_for
+from processes import alive, head_of_a_cluster, wait_for
 
 from warmerge.errors import Interrupted, UsageError, WarmergeError
 from warmerge.pipeline import engine
@@ -562,45 +559,6 @@ def test_a_folder_that_a_machine_does_not_have(tmp_path: Path) -> None:
     outcome = ray_cluster._task(unit, 1, "", "/")
     where = f"{tmp_path / 'elsewhere'} is not on {socket.gethostname()}"
     assert outcome == Outcome(unit, "failed", f"{where}: a Ray cluster's machines must share the folder")
-
-
-@contextmanager
-def own_token() -> Iterator[None]:
-    """For this process and those that it starts, a token that clusters ask for and are given."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex * 2)
-        yield
-
-
-@contextmanager
-def head_of_a_cluster(code: Path) -> Iterator[str]:
-    """Gives the address of a Ray cluster of two processors on this machine, whose workers find modules in `code`.
-
-    It has a token of its own: what Ray does without one depends on whether one lies in the home folder.
-    """
-    pytest.importorskip("ray")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, own_token():
-        command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
-        options = [f"--port={port}", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
-        with subprocess.Popen(
-            [sys.executable, *command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"PYTHONPATH": str(code)},
-        ) as head:  # fmt: skip
-            assert head.stdout is not None
-            said = []
-            for line in head.stdout:
-                said.append(line)
-                if "Ray runtime started" in line:
-                    break
-            else:
-                raise AssertionError("".join(said))
-            threading.Thread(target=head.stdout.read).start()
-            yield f"127.0.0.1:{port}"
-            head.terminate()
 
 
 @pytest.fixture(scope="module")

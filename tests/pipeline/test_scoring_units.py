@@ -23,10 +23,9 @@ import numpy
 import pytest
 import torch
 from conftest import bot, user
-from processes import alive, wait_for
+from processes import alive, head_of_a_cluster, wait_for
 from reward_world import VOCABULARY, World, pairs, with_head, write_rows, write_tokenizer
 from safetensors.torch import load_file, save_file
-from test_engine import head_of_a_cluster
 
 from warmerge import Measuring, Proxy, best_of_n, evaluate
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError

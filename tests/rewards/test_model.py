@@ -325,7 +325,7 @@ def test_the_dtype_of_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert load_reward_model(place, auto).module.dtype == (torch.bfloat16 if faster else torch.float32)
         assert load_reward_model(wide, auto).module.dtype == torch.float32
     opened = load_reward_model(place, auto).source
-    assert model_module._dtype("auto", opened, torch.device("cuda")) == torch.bfloat16
+    assert model_module.choose_dtype("auto", opened, torch.device("cuda")) == torch.bfloat16
 
 
 def test_bfloat16_is_measured() -> None:

@@ -232,6 +232,8 @@ def _reported_coefficients(plan: MergePlan, output: Output) -> dict[str, Any]:
 
 
 def _kept(output: Output, plan: MergePlan) -> str:
+    if not output.partial.exists():  # the last rename is done
+        return f"{plain(str(output.out))} is complete, but may not outlive a power cut"
     return (
         f"{len(output.finished)} of {len(plan.shards)} shards are finished and kept; run the same command with "
         f"--resume to continue, or delete {output.partial}"

@@ -13,7 +13,7 @@ from typing import Any
 from warmerge.errors import Finding, RefusedError, quoted, some
 from warmerge.weights import foreign_json
 from warmerge.weights.folder import Folder, read_bytes
-from warmerge.weights.safetensors_format import HEADER_LIMIT, TensorHeader, parse_header
+from warmerge.weights.safetensors_format import AVERAGED, HEADER_LIMIT, TensorHeader, parse_header
 from warmerge.weights.sharded_training import how_to_gather, leftovers
 
 INDEX = "model.safetensors.index.json"
@@ -181,7 +181,8 @@ def read_checkpoint(folder: Folder, only_file: str | None = None) -> Checkpoint:
         findings += _check_index(folder.label, index["weight_map"], tensors)
     if not tensors:
         findings.append(Finding(folder.label, "holds no tensors"))
-    findings += leftovers(folder.label, {name: tensor.shape for name, tensor in tensors.items()})
+    weights = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype in AVERAGED}
+    findings += leftovers(folder.label, weights)
     if findings:
         raise RefusedError(findings)
     config = read_json(folder, "config.json")

@@ -28,6 +28,8 @@ from warmerge.weights.safetensors_format import BITS
 MANIFEST = "warmerge.json"
 _PROGRESS = "progress.json"
 _LOCK = ".warmerge.lock"
+# A file of its own beside each shard that has a note: in the record, all of them would be written anew with each shard.
+_NOTE = ".note.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def open_output(
             os.rename(old, out)
         check_out(out, (), overwrite)
         finished = _finished(out, partial, plan, fingerprint) if resume else {}
-        kept = {f"{file}.part" for file in finished} | {_LOCK}
+        kept = {f"{file}{end}" for file in finished for end in (".part", _NOTE)} | {_LOCK}
         stale = [entry for entry in partial.iterdir() if entry.name not in kept]
         needed = extra_bytes + sum(shard.nbytes for shard in plan.shards if shard.file not in finished)
         free = shutil.disk_usage(partial).free + sum(entry.stat().st_blocks * 512 for entry in stale)
@@ -161,7 +163,9 @@ class ShardFile:
 
 
 def mark_finished(output: Output, shard: Shard, note: Any) -> None:
-    """Records on the disk that a shard need not be written again, and a note (JSON) about it."""
+    """Records on the disk that a shard need not be written again, and a note about it: a table (JSON), or None."""
+    if note is not None:
+        _write_synced(output.partial / f"{shard.file}{_NOTE}", json.dumps(note).encode())
     output.finished[shard.file] = note
     _write_progress(output.partial, output.fingerprint, output.finished)
 
@@ -178,6 +182,8 @@ def publish(output: Output, plan: MergePlan) -> None:
     if len(plan.shards) > 1:
         _write_synced(output.partial / INDEX, index_json(plan))
     (output.partial / _PROGRESS).unlink()
+    for shard in plan.shards:
+        (output.partial / f"{shard.file}{_NOTE}").unlink(missing_ok=True)
     sync(output.partial)
     old = _old(output.out)
     if output.out.exists() and any(output.out.iterdir()):
@@ -243,14 +249,19 @@ def _finished(out: Path, partial: Path, plan: MergePlan, fingerprint: str) -> di
         if not path.exists() and (partial / shard.file).exists():  # stopped between naming and publishing
             os.rename(partial / shard.file, path)
         if shard.file in notes and path.is_file() and path.stat().st_size == shard.nbytes:
+            note = partial / f"{shard.file}{_NOTE}"
+            content = parse_json(note.read_bytes()) if note.is_file() else None
+            if notes[shard.file] and not isinstance(content, dict):
+                continue
             with path.open("rb") as file:
                 if file.read(len(shard.header)) == shard.header:
-                    finished[shard.file] = notes[shard.file]
+                    finished[shard.file] = content if notes[shard.file] else None
     return finished
 
 
 def _write_progress(partial: Path, fingerprint: str, finished: Mapping[str, Any]) -> None:
-    data = json.dumps({"fingerprint": fingerprint, "finished": finished}).encode()
+    noted = {file: note is not None for file, note in finished.items()}
+    data = json.dumps({"fingerprint": fingerprint, "finished": noted}).encode()
     fresh = partial / f"{_PROGRESS}.new"
     _write_synced(fresh, data)
     os.rename(fresh, partial / _PROGRESS)

@@ -44,10 +44,11 @@ def how_to_gather(folder: Folder) -> str | None:
 
 
 def leftovers(label: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Finding]:
-    """What shows that a model was saved in the middle of a sharded training: it would load, with other weights."""
+    """What the shapes of a model's floating-point tensors show of a sharded training in whose middle it was saved: it
+    would load, with other weights."""
     findings = []
     wrapped = [name for name in shapes if any(wrapper in name.split(".") for wrapper in _WRAPPERS)]
-    if all(name.startswith("module.") for name in shapes):
+    if shapes and all(name.startswith("module.") for name in shapes):
         wrapped = list(shapes)
     if wrapped:
         what = f"has {len(wrapped)} tensors named as a training's wrapper names them ({some(wrapped)}); transformers"
