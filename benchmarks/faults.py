@@ -17,6 +17,7 @@ import contextlib
 import csv
 import ctypes
 import errno
+import faulthandler
 import gc
 import hashlib
 import importlib
@@ -374,6 +375,7 @@ class Bench:
                 self.layer.faults_swap(bytes(work / fault.victim), bytes(work / "other"), how)
             if fault.mask:
                 self.layer.faults_arm(bytes(below), fault.mask, fault.at, fault.action, fault.error)
+            faulthandler.dump_traceback_later(_TOO_LONG - 20)  # to see where it hangs
             code = self._main([*case.arguments, *more])
             sys.stdout.flush()
             sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ def summary(found: Rows, grows: Words) -> list[str]:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 0.1 else f"{1e3 * value:.3g} ms" if value >= 1e-4 else f"{1e6 * value:.3g} us"
+    size = abs(value)
+    return f"{value:.3g} s" if size >= 0.1 else f"{1e3 * value:.3g} ms" if size >= 1e-4 else f"{1e6 * value:.3g} us"
 
 
 def points(found: Rows) -> list[str]:
@@ -103,17 +105,23 @@ def draw(found: Rows, grows: Words, path: Path) -> None:
 
     columns = 4
     with canvas.style():
-        figure = canvas.new_figure(10, 2.1 * -(-len(found) // columns) + 0.3)
+        figure = canvas.new_figure(10, 2.2 * -(-len(found) // columns) + 0.3)
         for i, (name, rows) in enumerate(found.items()):
             axes = figure.add_subplot(-(-len(found) // columns), columns, i + 1)
-            xs = [row["x"] for row in rows]
-            got = fit(xs, [row["cpu"] for row in rows])
-            axes.loglog(xs, [got.fixed + got.slope * x for x in xs], color=canvas.GREY, linewidth=1)
-            axes.loglog(xs, [row["cpu"] for row in rows], "o", color=canvas.BLUE)
+            xs, cpu = [row["x"] for row in rows], [row["cpu"] for row in rows]
+            got = fit(xs, cpu)
+            between = [xs[0] * (xs[-1] / xs[0]) ** (k / 50) for k in range(51)]
+            axes.loglog(between, [got.fixed + got.slope * x for x in between], color=canvas.GREY, linewidth=1)
+            axes.loglog(xs, cpu, "o", color=canvas.BLUE)
             if "floor_cpu" in rows[0]:
                 axes.loglog(xs, [row["floor_cpu"] for row in rows], "s", color=canvas.VERMILLION, markersize=3)
             axes.set_title(f"{name}: x^{got.exponent:.2f}")
-            axes.set_xlabel(grows[name])
+            axes.set_xlabel(textwrap.fill(grows[name], 32))
+            axes.set_ylim(min(0.5 * min(cpu), axes.get_ylim()[0]), 2 * max(cpu))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(lambda value, position: f"{value:,g}")
+                axis.set_minor_formatter(lambda value, position: "")
+            axes.set_xticks([xs[0], xs[-1]])
             axes.grid(True)
         figure.supylabel("CPU seconds (blue), a line fixed + each x (grey), copy floor (red)")
         figure.savefig(path, dpi=130, metadata={"Software": None})

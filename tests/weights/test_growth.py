@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -194,6 +193,10 @@ def test_each_shards_coefficients_are_written_once(tmp_path: Path, monkeypatch: 
     assert not [path for path in out.iterdir() if "note" in path.name]
 
 
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("damage", ["", "[]", '{"layers.0', None])
 def test_a_shard_whose_coefficients_were_lost_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
@@ -201,7 +204,7 @@ def test_a_shard_whose_coefficients_were_lost_is_written_anew(
     members = [in_shards(tmp_path / f"{seed}", seed, 3) for seed in (0, 1, 2)]
     expected = of_slerp(members[1:], members[0], tmp_path / "expected")
     with monkeypatch.context() as patch:
-        patch.setattr("warmerge.weights.average.publish", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("warmerge.weights.average.publish", interrupted)
         with pytest.raises(Interrupted, match="4 of 4 shards are finished and kept"):
             of_slerp(members[1:], members[0], tmp_path / "out")
     note = tmp_path / ".out.partial" / "model-00002-of-00004.safetensors.note.json"
