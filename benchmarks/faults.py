@@ -159,12 +159,14 @@ class Row:
     wrong: int = 0
     tracebacks: int = 0
     unnamed: int = 0
+    again: int = 0
     recovered: int = 0
     notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:
+        recovered = f"{self.recovered} of {self.again}" if self.again else "another question"
         cells = (self.case, self.fault, self.trials, self.refused, self.stopped, self.complete, self.wrong,
-                 self.tracebacks, self.unnamed, f"{self.recovered} of {self.trials}")  # fmt: skip
+                 self.tracebacks, self.unnamed, recovered)  # fmt: skip
         return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -471,12 +473,11 @@ def faults_of(bench: Bench, case: Case, base: Baseline, trials: int, draw: rando
         return sorted(draw.sample(range(1, base.calls[mask] + 1), min(count, base.calls[mask])))
 
     every, failing, slow = WRITES | SYNC | NAME | CLOSE, WRITE | SYNC | NAME, READ | WRITE | SYNC | OPEN_READ
-    some = max(1, trials * 2 // 5)
+    some = max(1, trials // 5)
+    at_calls = [Fault((KILL_BEFORE, KILL_AFTER)[i % 2], every, n) for i, n in enumerate(at(every, trials // 2))]
     kinds = {
-        "killed at any time": [Fault(after=draw.random()) for _ in range(trials)],
-        "killed at a call": [
-            Fault((KILL_BEFORE, KILL_AFTER)[i % 2], every, n) for i, n in enumerate(at(every, trials))
-        ],
+        "killed at any time": [Fault(after=draw.random()) for _ in range(trials - len(at_calls))],
+        "killed at a call": at_calls,
         "disk full from a call on": [Fault(FAIL_ON, WRITES, n, errno.ENOSPC) for n in at(WRITES, some)],
         "a write, sync or rename fails": [Fault(FAIL, failing, n, errno.EIO) for n in at(failing, some)],
         "a read fails": [Fault((FAIL, FAIL_ON)[i % 2], READS, n, errno.EIO) for i, n in enumerate(at(READS, some))],
@@ -495,7 +496,7 @@ def faults_of(bench: Bench, case: Case, base: Baseline, trials: int, draw: rando
             made += [Fault(victim=victim, swap=swap, after=draw.random()) for _ in range(each)]
         if made:
             kinds[f"an input {words} while it is read"] = made
-    return kinds
+    return {name: faults for name, faults in kinds.items() if faults}
 
 
 def trial(
@@ -531,8 +532,9 @@ def trial(
         if not _named(ended, fault, bench):
             row.unnamed += 1
             row.notes.append(f"UNNAMED: {where}: {ended.err[-500:]}")
-    if fault.victim:
+    if fault.victim:  # another input is another question
         return
+    row.again += 1
     if listing(work) == before and case.name != "push":  # as if it had not been given yet
         row.recovered += 1
         return
@@ -700,7 +702,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="one command; repeatable")
     parser.add_argument("--fault", action="append", help="faults whose name holds this; repeatable")
-    parser.add_argument("--trials", type=int, default=100, help="kills of each kind; of other faults two fifths")
+    parser.add_argument("--trials", type=int, default=100, help="kills, half of them at calls; of other faults a fifth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/faults"), help="for inputs and outputs")
     parser.add_argument("--notes", type=Path, help="a file for what was found, trial by trial")

@@ -115,8 +115,8 @@ def read(adapter: Path, base: Path) -> Checkpoint:
 
 
 def values(tensor: Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    work = Workspace(torch.device("cpu"))
-    return work.read(tensor, start, tensor.numel if stop is None else stop).clone()
+    with contextlib.closing(Workspace(torch.device("cpu"))) as work:
+        return work.read(tensor, start, tensor.numel if stop is None else stop).clone()
 
 
 def assert_equals_merged(checkpoint: Checkpoint, merged: Mapping[str, torch.Tensor]) -> None:
