@@ -99,6 +99,18 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
         load()
 
 
+def test_a_failing_disk_is_said_with_the_model_that_lies_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers reads, an error names no file."""
+    folder = tiny_models.own_folder(tmp_path / "rm-0")
+
+    def failing(*_: object, **more: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", failing)
+    with pytest.raises(RefusedError, match=r"rm-0: cannot be loaded as a reward model: .*Input/output error"):
+        load_reward_model(folder)
+
+
 def test_the_reference_of_a_run_is_not_its_file_any_more(tmp_path: Path) -> None:
     """TRL loads the start once more, to measure KL to: its file stayed mapped while the policy learned."""
     policy = causal_models.write(tmp_path / "lm")

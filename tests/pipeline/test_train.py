@@ -257,6 +257,12 @@ def test_a_folder_of_something_else_is_left_alone(world: World, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_record_is_begun_again(world: World, tmp_path: Path) -> None:
+    (tmp_path / ".train.json.partial").write_text('{"asked": {"ba')
+    go(world, tmp_path)
+    assert (tmp_path / "training.json").exists()
+
+
 # --- members that fail or are stopped ---
 
 

@@ -270,7 +270,7 @@ def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code
             ignore_mismatched_sizes=True,  # so that they are listed, with everything else that is wrong
             output_loading_info=True,
         )
-    except (ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (ValueError, ImportError, RuntimeError, OSError, SafetensorError) as error:
         refuse_changed([source])  # which would be why
         raise RefusedError([Finding(source.label, f"cannot be loaded as a reward model: {error}"[:400])]) from error
     _refuse_incomplete(source.label, info)

@@ -54,7 +54,8 @@ def question_of(asked: Asked, preferences: PreferenceSet, measuring: Measuring) 
 
 def begun(out: Path, question: dict[str, Any]) -> dict[str, Any]:
     """train.json of a run of the same question that was prepared; {} where none was: it is prepared from the start."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    # A kill while the record was written leaves its beginning, under another name.
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {f".{TRAIN}.partial"}):
         return {}
     try:
         record = json.loads((out / TRAIN).read_text(encoding="utf-8"))
