@@ -175,6 +175,25 @@ HEADER = (
     "complete and right", "loads and is wrong", "tracebacks", "file not named", "right after the same command again",
 )  # fmt: skip
 
+# The columns of the table of sums, and the faults that each of them counts.
+_KINDS = {
+    "killed": ("killed",), "disk full": ("disk full",), "writing fails": ("a write",), "reading fails": ("a read",),
+    "short, interrupted": ("short", "an interrupted"), "input changed": ("an input",),
+}  # fmt: skip
+
+
+def sums(lines: Sequence[str]) -> Iterator[str]:
+    """The rows of a printed table, put together: a line for each command, and one for all."""
+    rows = [[cell.strip() for cell in line.strip("| \n").split(" | ")] for line in lines]
+    yield "| " + " | ".join((HEADER[0], *_KINDS, *HEADER[3:])) + " |\n|" + "---|" * (len(_KINDS) + len(HEADER) - 2)
+    for name in (*dict.fromkeys(row[0] for row in rows), "all"):
+        mine = [row for row in rows if name in (row[0], "all")]
+        kinds = [sum(int(row[2]) for row in mine if row[1].startswith(begins)) for begins in _KINDS.values()]
+        again = [row[9].split(" of ") for row in mine if " of " in row[9]]
+        recovered = " of ".join(f"{sum(int(pair[i]) for pair in again):,}" for i in range(2))
+        counts = (f"{count:,}" for count in (*kinds, *(sum(int(row[i]) for row in mine) for i in range(3, 9))))
+        yield "| " + " | ".join((name, *counts, recovered)) + " |"
+
 
 # --- what is left ---
 
@@ -717,8 +736,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/faults"), help="for inputs and outputs")
     parser.add_argument("--notes", type=Path, help="a file for what was found, trial by trial")
+    parser.add_argument("--sum", type=Path, nargs="+", help="prints only the sums of tables that were printed before")
     parser.add_argument("--hub", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.sum:
+        printed = [line for file in options.sum for line in file.read_text().splitlines()]
+        rows = [line for line in printed if line.startswith("| ") and HEADER[1] not in line]
+        print(*sums(rows), sep="\n")
+        return
     if options.hub:
         serve(options.hub)
         return
@@ -744,12 +769,15 @@ def main() -> None:
     imported(bench, cases)
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores\n")
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    lines = []
     for case in cases:
         for row in measure(bench, case, options):
-            print(row.line(), flush=True)
+            lines.append(row.line())
+            print(lines[-1], flush=True)
             if row.notes and options.notes:
                 with options.notes.open("a") as file:
                     file.write(f"## {row.case}: {row.fault}\n" + "".join(f"- {note}\n" for note in row.notes))
+    print("", *sums(lines), sep="\n")
 
 
 if __name__ == "__main__":
