@@ -358,7 +358,7 @@ class Bench:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what it may have started
         said = {name: (heard / name).read_text(errors="replace") for name in ("out", "err")}
-        seen, _, story = (heard / "calls").read_text().partition(" ") if (heard / "calls").exists() else ("0", "", "")
+        seen, _, story = (_text(heard / "calls") or "0").partition(" ")
         if case.name == "inspect" and code == 0:
             (work / "said").write_text(said["out"])
         if case.name == "push":
@@ -408,6 +408,11 @@ class Bench:
         except SystemExit as ended:
             return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
         return 0
+
+
+def _text(path: Path) -> str:
+    """What a child has written, as far as it came."""
+    return path.read_text() if path.exists() else ""
 
 
 def change(work: Path, fault: Fault) -> None:

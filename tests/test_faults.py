@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,6 +264,25 @@ def test_an_error_without_a_name_gets_one_and_keeps_its_own() -> None:
         raise OSError("a sentence of a library")
     with pytest.raises(OSError, match="other"), naming("out/x"):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "other")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Exception("No space left on device (os error 28)"), "[Errno 28] No space left on device: 'out/x'"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+         "[Errno 28] No space left on device: 'out/x'"),
+        (RuntimeError("unable to open file </a/b.safetensors> in read-only mode: Input/output error (5)"),
+         "[Errno 5] Input/output error: '/a/b.safetensors'"),
+        (RuntimeError("unable to mmap 12 bytes from file </a/b>: Cannot allocate memory (12)"),
+         "[Errno 12] Cannot allocate memory: '/a/b'"),
+    ],
+)  # fmt: skip
+def test_what_rust_and_torch_say_of_a_disk_is_an_error_of_the_disk(error: Exception, said: str) -> None:
+    with pytest.raises(OSError, match=f"^{re.escape(said)}$"), naming("out/x"):
+        raise error
+    with pytest.raises(ValueError, match="shapes"), naming("out/x"):
+        raise ValueError("shapes differ (12)")
 
 
 def test_a_full_disk_is_said_with_the_file_and_what_to_do(

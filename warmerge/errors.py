@@ -9,6 +9,8 @@ WarmergeError            exit code 1   something could not be done
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from dataclasses import dataclass
 _SHOWN = 20
 # Of one name in a message; the longest path that Linux opens has 4,095 bytes, a tensor's name may have millions.
 _LONGEST = 4096
+# Errors of the file system in exceptions that are no OSError: of safetensors and tokenizers, and of torch.
+_RUST_SAYS = re.compile(r"\(os error (?P<number>\d+)\)")
+_TORCH_SAYS = re.compile(r"unable to .*file <(?P<file>.*)>.*\((?P<number>\d+)\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,19 @@ class Interrupted(WarmergeError):  # noqa: N818 - not a fault
 @contextmanager
 def naming(path: object) -> Iterator[None]:
     """Gives an OSError that names no file the name of this one: a full disk is met on writing, a failing one on
-    reading, where a number stands for the file."""
+    reading, where a number stands for the file. What Rust and torch raise for the same becomes an OSError here."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:  # libraries raise some that are sentences
             error.filename = str(path)
         raise
+    except Exception as error:
+        said = _RUST_SAYS.search(str(error)) or _TORCH_SAYS.search(str(error))
+        if said is None:
+            raise
+        number = int(said["number"])
+        raise OSError(number, os.strerror(number), said.groupdict().get("file", str(path))) from error
 
 
 def quoted(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from warmerge.errors import Finding, RefusedError, plain, some
+from warmerge.errors import Finding, RefusedError, naming, plain, some
 from warmerge.rewards.model import own_weights, transformers_config
 from warmerge.rewards.tokenizer import quiet
 from warmerge.weights.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def write_language_model(
         weights[name] = cast.setdefault(place, value.to(dtype) if value.is_floating_point() else value)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with quiet():
+    with quiet(), naming(out):
         module.save_pretrained(partial, state_dict=weights)
     for name in OTHER_FILES:
         (partial / name).unlink(missing_ok=True)

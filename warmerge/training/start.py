@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from warmerge.errors import Finding, RefusedError, UsageError, quoted, some
+from warmerge.errors import Finding, RefusedError, UsageError, naming, quoted, some
 from warmerge.rewards.model import (
     DTYPES,
     LoadOptions,
@@ -250,7 +250,7 @@ def _write_folder(out: Path, module: Any, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with quiet():
+        with quiet(), naming(out):
             module.save_pretrained(partial, max_shard_size="5GB")
         config = json.loads((partial / "config.json").read_text())
         config.pop("_name_or_path", None)
