@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from warmerge.pipeline.judge import open_average, open_judge
 from warmerge.pipeline.scoring import Asked, score_all, units
+from warmerge.pipeline.scoring.judge import open_average, open_judge
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import LoadOptions
 

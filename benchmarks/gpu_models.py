@@ -14,7 +14,7 @@ import torch
 from gpu_part import NotRunError, Part, matrix_peak, peak_gigabytes, seconds
 
 import warmerge
-from warmerge.pipeline import mixtures
+from warmerge.pipeline.scoring import mixtures
 from warmerge.rewards.forward import one_by_one
 from warmerge.rewards.model import load_reward_model
 from warmerge.rewards.render import encode

@@ -16,8 +16,8 @@ from reward_world import BAD, GOOD, NAMES, World, write_rows
 from safetensors.torch import load_file, save_file
 from test_cli import Done, cells, here, run
 
-from warmerge.pipeline import judge
 from warmerge.pipeline.scoring import here as scoring_here
+from warmerge.pipeline.scoring import judge
 from warmerge.report import results
 from warmerge.rewards.scoring import score
 

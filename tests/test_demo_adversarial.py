@@ -26,7 +26,7 @@ from warmerge.demo.story import QUICK, steps
 from warmerge.errors import RefusedError, UsageError
 from warmerge.pipeline.engine import Outcome, Unit, run_units
 from warmerge.pipeline.report import write_report
-from warmerge.pipeline.rewarders import OwnFunction, Rewarder, load_rewarder, open_rewarder
+from warmerge.pipeline.scoring.rewarders import OwnFunction, Rewarder, load_rewarder, open_rewarder
 from warmerge.report.claims import Claim, claims_of
 from warmerge.report.page.claims import in_short
 from warmerge.rewards import feature_theory as theory

@@ -29,8 +29,7 @@ FLOORS = {
 BELOW_REPORT = 0
 # Tools of several commands, no commands themselves.
 _TOOLS = (
-    "prepare", "kept", "mixtures", "ranking", "proxies", "scorebook", "rewarders", "choosers", "judging", "sampling",
-    "reinforce", "judging", "rl_runs", "rl_summary", "found_results", "engine", "publication", "judge", "scoring",
+    "prepare", "ranking", "proxies", "scoring", "judging", "sampling", "reinforce", "found", "engine", "publication",
 )  # fmt: skip
 SHARED_BY_COMMANDS = {f"warmerge.pipeline.{tool}" for tool in _TOOLS}
 # Libraries that one place alone may import.

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, plain, quoted
+from warmerge.pipeline.found.rl_runs import read_runs
 from warmerge.pipeline.publication.licence import stated
 from warmerge.pipeline.report import write_report
-from warmerge.pipeline.rl_runs import read_runs
 from warmerge.report.results import redraw
 from warmerge.rewards import pairs
 from warmerge.rewards.pairs import read_preferences, read_rows

@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 import warmerge
 from warmerge import Measuring, Proxy, best_of_n
 from warmerge.errors import Interrupted, RefusedError, UsageError
-from warmerge.pipeline import judge
 from warmerge.pipeline.bon import BestOfN
 from warmerge.pipeline.proxies import parse_proxies
-from warmerge.pipeline.scoring import here
+from warmerge.pipeline.scoring import here, judge
 from warmerge.report import results
 from warmerge.rewards.ensembles import aggregate
 from warmerge.rewards.metrics import interval, replicates

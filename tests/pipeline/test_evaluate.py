@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import warmerge
 from warmerge.errors import RefusedError, UsageError
 from warmerge.pipeline import evaluate as module
-from warmerge.pipeline import judge
 from warmerge.pipeline.evaluate import Evaluation, evaluate
+from warmerge.pipeline.scoring import judge
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, answer_lengths, open_bench
 from warmerge.rewards.ensembles import ENSEMBLES, aggregate

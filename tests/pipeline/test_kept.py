@@ -8,7 +8,7 @@ import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from warmerge.pipeline.kept import read_kept, write_kept
+from warmerge.pipeline.scoring.kept import read_kept, write_kept
 
 ARRAYS = {"b": numpy.array([1.5, -0.0, 3.0, 1e-300]), "a": numpy.array([0.1, 2.0])}
 SAID = {"facts": '{"a": {"seconds": 0.5}}', "fingerprint": "abc"}

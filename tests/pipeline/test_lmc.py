@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import warmerge
 from warmerge.errors import Interrupted, RefusedError, UsageError
 from warmerge.pipeline import lmc as module
-from warmerge.pipeline import mixtures
 from warmerge.pipeline.lmc import Curve, lambda_grid, lmc_curve
-from warmerge.pipeline.mixtures import POINTS
+from warmerge.pipeline.scoring import mixtures
+from warmerge.pipeline.scoring.mixtures import POINTS
 from warmerge.report.results import redraw
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, Measuring, open_bench

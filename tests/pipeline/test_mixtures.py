@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from warmerge.errors import Interrupted, RefusedError, UsageError
-from warmerge.pipeline import mixtures as module
-from warmerge.pipeline.mixtures import POINTS, Mixtures, open_mixtures
+from warmerge.pipeline.scoring import mixtures as module
+from warmerge.pipeline.scoring.mixtures import POINTS, Mixtures, open_mixtures
 from warmerge.rewards.bench import Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
 

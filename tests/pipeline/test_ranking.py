@@ -9,9 +9,9 @@ import pytest
 from reward_world import World
 
 from warmerge.errors import RefusedError, UsageError
-from warmerge.pipeline import mixtures as module
-from warmerge.pipeline.mixtures import Mixtures, open_mixtures
 from warmerge.pipeline.ranking import accuracy, parse_selection, rank, select_members
+from warmerge.pipeline.scoring import mixtures as module
+from warmerge.pipeline.scoring.mixtures import Mixtures, open_mixtures
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model

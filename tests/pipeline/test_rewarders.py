@@ -11,8 +11,8 @@ from conftest import bot, user
 from reward_world import own_rewards
 
 from warmerge import RefusedError, UsageError
-from warmerge.pipeline.judge import open_average
-from warmerge.pipeline.rewarders import OwnFunction, load_rewarder, open_rewarder
+from warmerge.pipeline.scoring.judge import open_average
+from warmerge.pipeline.scoring.rewarders import OwnFunction, load_rewarder, open_rewarder
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import LoadOptions
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from warmerge import Interrupted, RefusedError, UsageError, WarmergeError
 from warmerge.pipeline.proxies import Proxy
-from warmerge.pipeline.rewarders import load_rewarder, open_rewarder
+from warmerge.pipeline.scoring.rewarders import load_rewarder, open_rewarder
 from warmerge.rewards.bench import Measuring
 
 LENGTHS = "    return [float(len(text)) for text in completions]\n"

@@ -13,8 +13,8 @@ from reward_world import World, own_rewards, pairs, write_rows, write_tokenizer
 
 import warmerge
 from warmerge.errors import RefusedError, UsageError
-from warmerge.pipeline import judge
 from warmerge.pipeline.score import reward_function, score_file
+from warmerge.pipeline.scoring import judge
 from warmerge.rewards.bench import open_bench
 from warmerge.rewards.model import LoadOptions, load_reward_model
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import warmerge
 from warmerge.errors import Interrupted, RefusedError, UsageError
-from warmerge.pipeline import judge as module
-from warmerge.pipeline.judge import Judge, open_average, open_judge
-from warmerge.pipeline.kept import read_kept, write_kept
-from warmerge.pipeline.scorebook import SCORES, ScoreBook, open_book
 from warmerge.pipeline.scoring import here
+from warmerge.pipeline.scoring import judge as module
+from warmerge.pipeline.scoring.judge import Judge, open_average, open_judge
+from warmerge.pipeline.scoring.kept import read_kept, write_kept
+from warmerge.pipeline.scoring.scorebook import SCORES, ScoreBook, open_book
 from warmerge.rewards import scoring
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import LoadOptions, load_reward_model

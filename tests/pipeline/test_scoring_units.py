@@ -31,9 +31,9 @@ from warmerge import Measuring, Proxy, best_of_n, evaluate
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError
 from warmerge.pipeline import engine
 from warmerge.pipeline.engine import Outcome, Unit
-from warmerge.pipeline.judge import open_average, open_judge
 from warmerge.pipeline.score import score_file
 from warmerge.pipeline.scoring import Asked, child, score_all, units
+from warmerge.pipeline.scoring.judge import open_average, open_judge
 from warmerge.pipeline.scoring.parts import find_scored, read_part, write_scored
 from warmerge.pipeline.scoring.texts import read_window, write_windows
 from warmerge.report import results

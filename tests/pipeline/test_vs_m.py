@@ -12,8 +12,8 @@ from reward_world import World, pairs, write_rows
 
 import warmerge
 from warmerge.errors import Interrupted, UsageError
-from warmerge.pipeline import mixtures
-from warmerge.pipeline.mixtures import POINTS
+from warmerge.pipeline.scoring import mixtures
+from warmerge.pipeline.scoring.mixtures import POINTS
 from warmerge.pipeline.vs_m import AccuracyVsM, accuracy_vs_m
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, Measuring, open_bench

@@ -24,8 +24,8 @@ from warmerge.pipeline.judging import llm as client
 from warmerge.pipeline.judging.contenders import Contender, parse_contenders
 from warmerge.pipeline.judging.doubts import judge_doubts, prompt_doubts
 from warmerge.pipeline.judging.template import TEMPLATE
-from warmerge.pipeline.rewarders import open_rewarder
 from warmerge.pipeline.sampling import Sampling, sample_pool
+from warmerge.pipeline.scoring.rewarders import open_rewarder
 from warmerge.report import results
 from warmerge.rewards.metrics import FEW
 

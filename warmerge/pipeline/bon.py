@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, UsageError, counted, plain, quoted, some
-from warmerge.pipeline.choosers import (
+from warmerge.pipeline.prepare import Spec
+from warmerge.pipeline.proxies import LENGTH, RANDOM, WARM, Proxy
+from warmerge.pipeline.proxies.choosers import (
     Key,
     check_chosen,
     choosers_of,
@@ -27,13 +29,11 @@ from warmerge.pipeline.choosers import (
     targets_of,
     write_chosen,
 )
-from warmerge.pipeline.judge import Judge
-from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.proxies import LENGTH, RANDOM, WARM, Proxy
-from warmerge.pipeline.rewarders import is_function, load_rewarder, open_rewarder
 from warmerge.pipeline.sampling import SampledPool, Sampling, sample_pool
-from warmerge.pipeline.scorebook import Scores, open_book
 from warmerge.pipeline.scoring import check_scoring
+from warmerge.pipeline.scoring.judge import Judge
+from warmerge.pipeline.scoring.rewarders import is_function, load_rewarder, open_rewarder
+from warmerge.pipeline.scoring.scorebook import Scores, open_book
 from warmerge.report.results import BON, check_results, without_nan, write_results
 from warmerge.rewards.bench import Measuring, cut_words
 from warmerge.rewards.metrics import FEW

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
-from warmerge.pipeline.judge import Judge, open_model
 from warmerge.pipeline.prepare import Spec, mixture, prepare, short_labels
 from warmerge.pipeline.scoring import Asked, Found, check_scoring, cuts_of, remove_units, score_all, unit_folder
+from warmerge.pipeline.scoring.judge import Judge, open_model
 from warmerge.report.results import EVAL, check_results, write_results
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, open_bench, results_record

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, UsageError
-from warmerge.pipeline.mixtures import Mixtures, Weights, open_mixtures
 from warmerge.pipeline.prepare import Spec, short_labels
+from warmerge.pipeline.scoring.mixtures import Mixtures, Weights, open_mixtures
 from warmerge.report.results import CURVE, check_results, write_results
 from warmerge.rewards import barriers, metrics
 from warmerge.rewards.bench import Measuring, Subset, columns, open_bench, results_record

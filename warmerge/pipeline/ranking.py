@@ -9,8 +9,8 @@ from typing import Any
 import numpy
 
 from warmerge.errors import UsageError, plain
-from warmerge.pipeline.mixtures import Mixtures, Weights, open_mixtures
 from warmerge.pipeline.prepare import Spec
+from warmerge.pipeline.scoring.mixtures import Mixtures, Weights, open_mixtures
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, Subset, open_bench, set_record
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain
-from warmerge.pipeline.found_results import FORMATS, TRAIN, Found, natural, read_result, walk
+from warmerge.pipeline.found.results import FORMATS, TRAIN, Found, natural, read_result, walk
+from warmerge.pipeline.found.rl_runs import RECORD, ROWS
+from warmerge.pipeline.found.rl_summary import summary
 from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.rl_runs import RECORD, ROWS
-from warmerge.pipeline.rl_summary import summary
 from warmerge.report.claims import Claim
 from warmerge.report.page import Result, Section, page, section
 from warmerge.report.page.places import without_places

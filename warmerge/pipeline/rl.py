@@ -18,18 +18,16 @@ from typing import Any
 import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, counted, plain, quoted
-from warmerge.pipeline.choosers import doubts_before, judges_of, open_judges, single
-from warmerge.pipeline.judge import Judge
+from warmerge.pipeline.found.rl_runs import FORMAT, RECORD, ROWS
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import WARM, Proxy
+from warmerge.pipeline.proxies.choosers import doubts_before, judges_of, open_judges, single
 from warmerge.pipeline.reinforce.record import WORKING, begun, decides, only_run
 from warmerge.pipeline.reinforce.reward import Rewards
 from warmerge.pipeline.reinforce.run import run
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.reinforce.start import Task, reader
 from warmerge.pipeline.reinforce.trainer import join_ranks, need_trl
-from warmerge.pipeline.rewarders import OwnFunction, is_function, load_rewarder, open_rewarder
-from warmerge.pipeline.rl_runs import FORMAT, RECORD, ROWS
 from warmerge.pipeline.sampling.policy import (
     OpenedPolicy,
     Questions,
@@ -39,6 +37,8 @@ from warmerge.pipeline.sampling.policy import (
     open_policy,
 )
 from warmerge.pipeline.sampling.prompts import Prompts, read_prompts
+from warmerge.pipeline.scoring.judge import Judge
+from warmerge.pipeline.scoring.rewarders import OwnFunction, is_function, load_rewarder, open_rewarder
 from warmerge.rewards.bench import Measuring
 from warmerge.training.record import write_json
 from warmerge.version import versions

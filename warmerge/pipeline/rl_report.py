@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from warmerge.errors import UsageError
+from warmerge.pipeline.found.rl_summary import RlReport, summary
 from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.rl_summary import RlReport, summary
 from warmerge.report.results import RL, check_results, write_results
 
 __all__ = ["RlReport", "rl_report"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, UsageError, naming, plain, quoted, some
-from warmerge.pipeline.judge import open_model
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.scoring import Asked, check_scoring, remove_units, score_all, unit_folder
+from warmerge.pipeline.scoring.judge import open_model
 from warmerge.rewards.bench import Measuring, cut_words
 from warmerge.rewards.layouts import BadRow, Layout, answer_to, recognise
 from warmerge.rewards.model import LoadOptions, load_reward_model

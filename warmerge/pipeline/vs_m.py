@@ -10,9 +10,9 @@ from typing import Any
 import numpy
 
 from warmerge.errors import Finding, UsageError
-from warmerge.pipeline.mixtures import Mixtures, open_mixtures
 from warmerge.pipeline.prepare import Spec, short_labels
 from warmerge.pipeline.ranking import check_order, rank
+from warmerge.pipeline.scoring.mixtures import Mixtures, open_mixtures
 from warmerge.report.results import VS_M, check_results, write_results
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, Subset, columns, open_bench, results_record

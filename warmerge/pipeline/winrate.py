@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, UsageError, counted, plain
-from warmerge.pipeline.judge import Judge
 from warmerge.pipeline.judging.contenders import (
     Answers,
     Contender,
@@ -33,8 +32,9 @@ from warmerge.pipeline.judging.llm import LlmJudge, is_address
 from warmerge.pipeline.judging.matches import Match, Pair, by_llm, by_rewards
 from warmerge.pipeline.judging.template import digest_of
 from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.rewarders import OwnFunction, Rewarder, load_rewarder, open_rewarder
 from warmerge.pipeline.sampling import Prompts, Sampling, read_prompts
+from warmerge.pipeline.scoring.judge import Judge
+from warmerge.pipeline.scoring.rewarders import OwnFunction, Rewarder, load_rewarder, open_rewarder
 from warmerge.report.results import WINRATE, check_results, without_nan, write_results, write_text
 from warmerge.rewards import win_rates
 from warmerge.rewards.bench import Measuring, answer_lengths

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from warmerge.errors import Finding, RefusedError, UsageError, counted, plain, quoted, some
+from warmerge.pipeline.found.rl_runs import RECORD
 from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.rl_runs import RECORD
 from warmerge.pipeline.sampling import Prompts, Sampling, sample_pool
 from warmerge.pipeline.sampling.policy import open_for_sampling, open_policy
 from warmerge.rewards.bench import Measuring

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from warmerge.errors import Finding, WarmergeError, plain, quoted, some
-from warmerge.pipeline.judge import Judge
+from warmerge.pipeline.found.rl_runs import RECORD
 from warmerge.pipeline.judging.contenders import Contender
-from warmerge.pipeline.rewarders import OwnFunction, open_rewarder
-from warmerge.pipeline.rl_runs import RECORD
 from warmerge.pipeline.sampling import read_prompts
+from warmerge.pipeline.scoring.judge import Judge
+from warmerge.pipeline.scoring.rewarders import OwnFunction, open_rewarder
 from warmerge.rewards.layouts import Text
 from warmerge.rewards.pools import said
 from warmerge.training.seen import seen_in_training

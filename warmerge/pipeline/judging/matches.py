@@ -16,7 +16,7 @@ from warmerge.pipeline.judging.contenders import Answers
 from warmerge.pipeline.judging.llm import LlmJudge
 from warmerge.pipeline.judging.template import FIRST, TIE
 from warmerge.pipeline.judging.verdicts import Asked, Question, ask_all, nothing_read, question
-from warmerge.pipeline.rewarders import Rewarder
+from warmerge.pipeline.scoring.rewarders import Rewarder
 from warmerge.report.results import write_text
 from warmerge.rewards import win_rates
 from warmerge.rewards.bench import Measuring

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import UsageError, WarmergeError, plain
-from warmerge.pipeline.judge import Judge
-from warmerge.pipeline.mixtures import digests_of_small_files
-from warmerge.pipeline.rewarders import OwnFunction
-from warmerge.pipeline.rl_runs import RECORD
+from warmerge.pipeline.found.rl_runs import RECORD
+from warmerge.pipeline.scoring.judge import Judge
+from warmerge.pipeline.scoring.mixtures import digests_of_small_files
+from warmerge.pipeline.scoring.rewarders import OwnFunction
 from warmerge.weights.checkpoint import ADAPTER_CONFIG
 from warmerge.weights.samples import content_digest
 from warmerge.weights.small_files import small_file

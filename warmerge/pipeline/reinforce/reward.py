@@ -11,7 +11,7 @@ import numpy
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, plain
 from warmerge.pipeline.proxies import ENSEMBLE, Proxy
 from warmerge.pipeline.reinforce.settings import RlSettings
-from warmerge.pipeline.rewarders import Rewarder, Texts
+from warmerge.pipeline.scoring.rewarders import Rewarder, Texts
 from warmerge.rewards.ensembles import aggregate
 
 if TYPE_CHECKING:

@@ -21,12 +21,12 @@ import numpy
 import torch
 
 from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError, naming, plain
+from warmerge.pipeline.found.rl_runs import ROWS
 from warmerge.pipeline.reinforce.record import WORKING
 from warmerge.pipeline.reinforce.reward import combined
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.reinforce.start import Task, measure_start, read_answers, refuse_other_log_probabilities
 from warmerge.pipeline.reinforce.trainer import answers_to, make_trainer
-from warmerge.pipeline.rl_runs import ROWS
 from warmerge.report.results import write_text
 from warmerge.rewards.tokenizer import quiet
 from warmerge.training.language_model import merged_state, write_language_model

@@ -15,8 +15,8 @@ from warmerge.errors import Finding, RefusedError, plain
 from warmerge.pipeline.reinforce.reward import Rewards, combined, scales_of
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.reinforce.trainer import answers_to, order_of
-from warmerge.pipeline.rewarders import Texts
 from warmerge.pipeline.sampling.policy import Answer, Drawn, OpenedPolicy, Questions
+from warmerge.pipeline.scoring.rewarders import Texts
 from warmerge.report.results import write_text
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, some
-from warmerge.pipeline.rl_runs import RECORD
+from warmerge.pipeline.found.rl_runs import RECORD
 from warmerge.pipeline.sampling.prompts import Prompts
 from warmerge.pipeline.sampling.settings import Sampling
 from warmerge.rewards.layouts import Text, canonical

@@ -1,4 +1,4 @@
-"""Rewards of lists of texts by several judges: here, one after the other, or as units of work on an engine.
+"""Rewards of texts by judges: models opened and named, scored here or as units of work on an engine, and kept.
 
 Both ways give the same rewards to the bit, at equal threads: windows of texts are scored apart in any case.
 """

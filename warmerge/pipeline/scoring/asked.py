@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from warmerge.errors import Finding
-from warmerge.pipeline.judge import Judge
+from warmerge.pipeline.scoring.judge import Judge
 from warmerge.rewards.bench import most_cut
 from warmerge.rewards.model import RewardModel
 from warmerge.rewards.render import Renderer

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from warmerge.errors import Finding, Interrupted, RefusedError, UsageError, plain, some
-from warmerge.pipeline.judge import Judge, adapter_digest, load_host, poured
-from warmerge.pipeline.mixtures import digests_of_small_files
 from warmerge.pipeline.scoring.asked import computed_in, rule_of
+from warmerge.pipeline.scoring.judge import Judge, adapter_digest, load_host, poured
+from warmerge.pipeline.scoring.mixtures import digests_of_small_files
 from warmerge.pipeline.scoring.parts import (
     TEXTS,
     Part,

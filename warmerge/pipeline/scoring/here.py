@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from warmerge.pipeline.judge import load_host, poured
 from warmerge.pipeline.scoring.asked import Asked, Found, Texts, computed_in, rule_of
+from warmerge.pipeline.scoring.judge import load_host, poured
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import RewardModel
 from warmerge.rewards.scoring import Tokens, doubts_of, score

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, RefusedError
-from warmerge.pipeline.kept import read_kept, write_kept
+from warmerge.pipeline.scoring.kept import read_kept, write_kept
 from warmerge.pipeline.scoring.texts import Window
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import torch
 
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, counted, plain, some
 from warmerge.pipeline.engine import Outcome, Unit, run_units, visible_devices
-from warmerge.pipeline.judge import Judge, adapter_digest
-from warmerge.pipeline.mixtures import digests_of_small_files
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.scoring.asked import Asked, Found
 from warmerge.pipeline.scoring.child import run_part
+from warmerge.pipeline.scoring.judge import Judge, adapter_digest
+from warmerge.pipeline.scoring.mixtures import digests_of_small_files
 from warmerge.pipeline.scoring.parts import TEXTS, Merge, Part, Scored, Source, find_scored, finished, write_part
 from warmerge.pipeline.scoring.texts import Window, write_windows
 from warmerge.rewards.bench import Measuring

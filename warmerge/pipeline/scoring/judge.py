@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from warmerge.errors import Finding, RefusedError
-from warmerge.pipeline.mixtures import digests_of_small_files
 from warmerge.pipeline.prepare import Spec, prepare
+from warmerge.pipeline.scoring.mixtures import digests_of_small_files
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import LoadOptions, RewardModel, fill, load_reward_model
 from warmerge.rewards.scoring import method_of

@@ -22,8 +22,8 @@ import numpy
 import torch
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted, some
-from warmerge.pipeline.judge import Judge, load_judge, open_judge
 from warmerge.pipeline.prepare import Spec
+from warmerge.pipeline.scoring.judge import Judge, load_judge, open_judge
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.scoring import Tokens, doubts_of, score
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, some
-from warmerge.pipeline.judge import Judge, open_average, open_judge
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import BASELINE, ENSEMBLE, LENGTH, ORACLE, RANDOM, WARM, Proxy
-from warmerge.pipeline.rewarders import is_function, load_rewarder, open_rewarder
-from warmerge.pipeline.scorebook import Scores
+from warmerge.pipeline.scoring.judge import Judge, open_average, open_judge
+from warmerge.pipeline.scoring.rewarders import is_function, load_rewarder, open_rewarder
+from warmerge.pipeline.scoring.scorebook import Scores
 from warmerge.report.results import write_text
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, answer_lengths

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
+from warmerge.pipeline.found.rl_runs import Folder, compared, grouped, read_runs
 from warmerge.pipeline.prepare import Spec
-from warmerge.pipeline.rl_runs import Folder, compared, grouped, read_runs
 from warmerge.report.optimisation_words import comparison_words, group_words, win_words
 from warmerge.report.results import without_nan
 from warmerge.rewards.over_optimisation import FEW_POINTS, default_window, optimisation

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, quoted
-from warmerge.pipeline.rl_runs import RECORD
+from warmerge.pipeline.found.rl_runs import RECORD
 from warmerge.report.page.words import about
 from warmerge.report.results import BON, CURVE, EVAL, RL, THEORY, TRAINING, VS_M, WINRATE
 from warmerge.weights.foreign_json import finite, parse, text_of

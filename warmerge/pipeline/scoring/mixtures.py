@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from warmerge.errors import Finding, Interrupted, UsageError, plain
-from warmerge.pipeline.kept import read_kept, write_kept
 from warmerge.pipeline.prepare import Prepared, Spec, mixture, prepare
+from warmerge.pipeline.scoring.kept import read_kept, write_kept
 from warmerge.rewards.bench import Bench
 from warmerge.rewards.model import RewardModel, fill, load_reward_model
 from warmerge.version import versions

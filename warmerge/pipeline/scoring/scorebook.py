@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy
 
 from warmerge.errors import Interrupted, UsageError, plain
-from warmerge.pipeline.judge import Judge
-from warmerge.pipeline.kept import read_kept, write_kept
 from warmerge.pipeline.scoring import Asked, Found, remove_units, score_all, unit_folder
+from warmerge.pipeline.scoring.judge import Judge
+from warmerge.pipeline.scoring.kept import read_kept, write_kept
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.scoring import Tokens
 
