@@ -159,7 +159,7 @@ def test_usage_errors_come_before_a_model_is_loaded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     for module in ("judge", "mixtures"):
-        monkeypatch.setattr(f"warmerge.pipeline.{module}.load_reward_model", never)
+        monkeypatch.setattr(f"warmerge.pipeline.scoring.{module}.load_reward_model", never)
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ seeds = st.integers(0, 2**32)
 
 def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def peak(work: Any) -> int:
+    """Bytes that Python held at most while `work` ran, refused or not."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(WarmergeError):
+            work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -72,6 +85,37 @@ def test_a_bomb_does_not_unpack(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b"\n" * 110_000_000, 1))
     with pytest.raises(RefusedError, match="bytes, which unpack to more, expected 100,000,000 bytes at most"):
         read_rows(str(tmp_path / "p.jsonl.gz"))
+
+
+def test_a_table_of_long_texts_does_not_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 kB were a GB; columns that nobody asked for count too."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {name: arrow.array(["x" * 100_000] * 64) for name in ("chosen", "rejected", "more", "yet more")}
+    parquet.write_table(
+        arrow.table(columns), tmp_path / "p.parquet", compression="zstd", use_dictionary=False, write_statistics=False
+    )
+    del columns
+    monkeypatch.setattr(pairs, "_UNPACKED", 1_000_000)
+    before = arrow.default_memory_pool()
+    watched = arrow.proxy_memory_pool(before)
+    arrow.set_memory_pool(watched)
+    try:
+        with pytest.raises(RefusedError, match="unpack to more"):
+            read_rows(str(tmp_path / "p.parquet"))
+    finally:
+        arrow.set_memory_pool(before)
+    assert watched.max_memory() < 10_000_000
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_more_values_than_rows_may_have_are_not_made(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10 GB of them, or 100 MB packed, are 200 GB of empty objects."""
+    values = "[" + "{}," * 200_000 + "{}]"
+    (tmp_path / name).write_text(values if name == "p.json" else f'{{"x":{values}}}\n')
+    monkeypatch.setattr(pairs, "_MOST_ROWS", 1000)
+    assert peak(lambda: read_rows(str(tmp_path / name))) < 10 * len(values)
 
 
 def test_what_texts_are_packed_to_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,3 +267,13 @@ def test_a_reward_function_refuses_what_it_cannot_read(world: World) -> None:
     with pytest.raises(UsageError) as usage:
         reward(prompts=["a"], completions=["b", "c"])
     assert str(usage.value) == "2 completions for 1 prompts; expected one for each"
+
+
+def test_scored_rows_are_json(world: World, tmp_path: Path) -> None:
+    """Python's own reader and writer take NaN and infinities for JSON; nobody else does."""
+    (tmp_path / "d.jsonl").write_text(
+        '{"prompt": "Why?", "completion": "It is so.", "x": NaN, "y": {"z": [1e999, 2.5]}}\n'
+    )
+    warmerge.score_file(world.a, str(tmp_path / "d.jsonl"), tmp_path / "o.jsonl")
+    row = json.loads((tmp_path / "o.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["x"], row["y"]) == (None, {"z": [None, 2.5]})

@@ -934,3 +934,17 @@ def test_results_cannot_be_changed(write: Writer) -> None:
         found.name = "other"  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
         found.comparisons[0].row = 2  # type: ignore[misc]
+
+
+def test_a_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = [arrow.array([text]) for text in ("good", "bad", "another")]
+    parquet.write_table(arrow.table(columns, names=["chosen", "rejected", "chosen"]), tmp_path / "p.parquet")
+    with pytest.raises(RefusedError, match="chosen"):
+        read_preferences(str(tmp_path / "p.parquet"))
+
+
+def test_a_row_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"chosen": "good", "rejected": "bad", "chosen": "another"}\n')
+    with pytest.raises(RefusedError, match=r"p\.jsonl:1"):
+        read_preferences(str(tmp_path / "p.jsonl"))

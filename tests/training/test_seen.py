@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from conftest import bot, user
 from warmerge.errors import Finding
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.pairs import read_preferences
+from warmerge.training import seen
 from warmerge.training.preparation import _for_members
 from warmerge.training.recipe import Recipe
 from warmerge.training.record import Asked, question_of, write_json
 from warmerge.training.seen import seen_in_training
 from warmerge.training.settings import TrainSettings
+from warmerge.weights.output import made_of
 
 Row = Mapping[str, Any]
 ROWS = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(10)]
@@ -329,3 +331,31 @@ def test_a_warmerge_json_that_names_no_members_says_nothing(here: Path, text: st
     folder = merged("warm")
     (folder / "warmerge.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert said([folder], ["p1"]) == []
+
+
+def chained(root: Path, names: Callable[[int], list[str]], count: int) -> Path:
+    """Folders of which each is a merge of the next one, by these names."""
+    for number in range(count):
+        (root / str(number)).mkdir(parents=True)
+        inputs = [{"checkpoint": name} for name in names(number + 1)]
+        (root / str(number) / "warmerge.json").write_text(json.dumps({"inputs": inputs}))
+    return root / "0"
+
+
+def test_a_merge_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge of merges, or a record that names the same one twice."""
+    read: list[Path] = []
+
+    def looked_at(folder: Path) -> list[dict[str, Any]]:
+        read.append(folder)
+        return made_of(folder)
+
+    monkeypatch.setattr(seen, "made_of", looked_at)
+    first = chained(tmp_path / "m", lambda number: [f"{number}", f"../m/{number}"], 8)
+    assert seen_in_training([first], ["Why?"]) == []
+    assert len(read) <= 20
+
+
+def test_a_long_chain_of_merges_is_followed(tmp_path: Path) -> None:
+    first = chained(tmp_path, lambda number: [f"{number}"], 600)
+    assert seen_in_training([first], ["Why?"]) == []

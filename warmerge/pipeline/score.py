@@ -71,7 +71,8 @@ def score_file(
     on_work: Callable[[int], None] = lambda count: None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> ScoredFile:
-    """Writes the rows of `data` with their rewards added, in their order, as JSON lines.
+    """Writes the rows of `data` with their rewards added, in their order, as JSON lines. NaN and infinities in other
+    columns, which JSON cannot hold, become null.
 
     - `prompt` and `candidates`: `reward` is a list, one number for each candidate.
     - preference pairs, in any layout that `eval` reads: `reward_chosen` and `reward_rejected`, lists where the answers
@@ -201,14 +202,26 @@ def _columns(row: Row, number: int, column: str, pairs: tuple[Layout, frozenset[
     return [_Column(column, (answer_to(prompt, row[named[0]], named[0], number),), False)]
 
 
-def _json(row: Row) -> str:
-    """One line; half a character, which JSON can hold and a file cannot, as an escape."""
-    line = json.dumps(row, ensure_ascii=False, default=str)
+def _json(row: Any) -> str:
+    """One line; half a character, which JSON can hold and a file cannot, as an escape; NaN and infinities, which it
+    cannot hold but Python writes into it, as null."""
+    try:
+        line = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return _json(_without_nan(row))
     try:
         line.encode()
     except UnicodeEncodeError:
         line = json.dumps(row, default=str)
     return line
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and value - value != 0 else value
 
 
 def _write(path: Path, text: str) -> None:

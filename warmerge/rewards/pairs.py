@@ -30,6 +30,9 @@ _SHOWN = 10
 _MOST_BYTES, _MOST_ROWS, _MOST_UNREADABLE = 10_000_000_000, 10_000_000, 100_000
 # What is packed may say more than it is large, but a few bytes that unpack to gigabytes are no texts.
 _UNPACKED, _PACKING = 100_000_000, 100
+# Values, or the marks before them, that a row may have on average; and what in JSON is text.
+_VALUES_OF_A_ROW = 20
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _MARK = b"\xef\xbb\xbf"
 Place = tuple[str, int]
 
@@ -264,6 +267,7 @@ def _file_rows(path: Path, label: str) -> list[tuple[str, int, Row | Finding]]:
         raise RefusedError([Finding(label, f"is cut off or damaged ({error}); fetch it again")]) from error
     except OSError as error:
         raise UsageError(f"cannot read {plain(label)}: {error.strerror}") from error
+    _refuse_many_values(data, label)
     if name.removesuffix(".gz").endswith(".json") and data.lstrip().startswith(b"["):
         array = _parsed(data, (label, 1))
         if isinstance(array, Finding):
@@ -276,6 +280,15 @@ def _file_rows(path: Path, label: str) -> list[tuple[str, int, Row | Finding]]:
     # Lines end in \n alone: a \r or U+2028 may stand inside of a row.
     lines = ((number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip())
     return _readable_rows(label, ((number, _parsed(line, (label, number))) for number, line in lines))
+
+
+def _refuse_many_values(data: bytes, label: str) -> None:
+    """Short values take up to thirty times their length in memory; counted before there are any."""
+    marks = (b"{", b"[", b",")
+    if sum(map(data.count, marks)) > _VALUES_OF_A_ROW * _MOST_ROWS:
+        count = sum(map(_STRINGS.sub(b"", data).count, marks))  # those inside of texts are none
+        if count > _VALUES_OF_A_ROW * _MOST_ROWS:
+            raise RefusedError([_too_much(label, f"has {count:,} values", f"{_VALUES_OF_A_ROW * _MOST_ROWS:,}")])
 
 
 def _readable_rows(label: str, rows: Iterable[tuple[int, Any]]) -> list[tuple[str, int, Row | Finding]]:
@@ -311,11 +324,23 @@ def _parsed(data: bytes, place: Place) -> Any:
     """What JSON says, or a Finding why it cannot be read."""
     where = f"{place[0]}:{place[1]}"
     try:
-        return foreign_json.parse(data)
+        return foreign_json.parse(data, object_pairs_hook=_once_each)
     except UnicodeDecodeError as error:
         return Finding(where, f"is not UTF-8 (byte {error.start})")
     except ValueError as error:
         return Finding(where, f"is not JSON ({error})")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> Row:
+    """A hook for JSON objects: of two values under one key Python would take the last, and others refuse them."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object in it has {_twice(key for key, _ in pairs)} twice")
+    return found
+
+
+def _twice(names: Iterable[str]) -> str:
+    return some(name for name, count in Counter(names).items() if count > 1)
 
 
 def _checked(row: Any, place: Place) -> Row | Finding:
@@ -333,6 +358,11 @@ def _parquet(path: Path, label: str) -> list[Any]:
         with parquet.ParquetFile(path) as file:
             if file.metadata.num_rows > _MOST_ROWS:
                 raise RefusedError([_too_much(label, f"has {file.metadata.num_rows:,} rows", f"{_MOST_ROWS:,}")])
+            if twice := _twice(file.schema_arrow.names):
+                raise RefusedError([Finding(label, f"has {twice} twice among its columns; expected each once")])
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            if sum(group.total_byte_size for group in groups) > limit:
+                raise RefusedError([_too_much(label, "has values that unpack to more", f"{limit:,} bytes")])
             for batch in file.iter_batches(batch_size=64):
                 # A value that is kept once for many rows is not counted by arrow, and copied for each by Python.
                 shared = "dictionary" in str(batch.schema)

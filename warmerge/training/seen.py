@@ -30,19 +30,24 @@ def seen_in_training(folders: Iterable[Path], prompts: Sequence[Text]) -> list[F
     return [finding for run in runs for finding in _shared(run, wanted)]
 
 
-def _runs(folder: Path, above: frozenset[Path] = frozenset()) -> set[Path]:
-    """The folders with a train.json that a model comes from; `above` are the merges on the way to it."""
-    folder = folder.resolve()
-    run = folder.parent.parent
-    if folder.parent.name == MEMBERS and (run / TRAIN).is_file():
-        return {run}
-    if folder in above:
-        return set()
-    # Members, the base of task vectors, and what a head was fitted for.
-    named = [str(entry["checkpoint"]) for entry in made_of(folder) if "checkpoint" in entry]
-    # As it was typed: relative to where the merge was made, which is often here, or beside its output.
-    places = [place for name in named for place in (Path(name), folder.parent / name) if os.path.isdir(place)]
-    return {run for place in places for run in _runs(place, above | {folder})}
+def _runs(folder: Path) -> set[Path]:
+    """The folders with a train.json that a model comes from, also by way of merges; each of these is looked at once."""
+    runs: set[Path] = set()
+    waiting, seen = [folder.resolve()], {folder.resolve()}
+    while waiting:
+        merge = waiting.pop()
+        run = merge.parent.parent
+        if merge.parent.name == MEMBERS and (run / TRAIN).is_file():
+            runs.add(run)
+            continue
+        # Members, the base of task vectors, and what a head was fitted for.
+        named = [str(entry["checkpoint"]) for entry in made_of(merge) if "checkpoint" in entry]
+        # As it was typed: relative to where the merge was made, which is often here, or beside its output.
+        places = {place for name in named for place in (Path(name), merge.parent / name) if os.path.isdir(place)}
+        found = {place.resolve() for place in places} - seen
+        waiting += found
+        seen |= found
+    return runs
 
 
 def _shared(run: Path, wanted: set[str]) -> list[Finding]:
