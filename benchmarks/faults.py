@@ -5,7 +5,7 @@ types it, on tiny models, and one thing goes wrong. Calls on files are counted, 
 process and libc (faults_layer.c, compiled here with gcc). What is left is compared, file by file, with what an
 undisturbed run leaves; then the same command is given again, as its message says.
 
-    python benchmarks/faults.py                                     # all commands, all faults; hours on two cores
+    python benchmarks/faults.py                                     # all commands, all faults; an hour and a half
     python benchmarks/faults.py --only average --only eval --trials 20
     python benchmarks/faults.py --only rl --fault 'killed at a call' --verbose
 """
@@ -116,7 +116,6 @@ CASES = (
     Case("push", ("push", "warm", "me/pushed", "--license", "mit", "--no-run", "-y"), out="pushed",
          victims=("warm/model.safetensors", "warm/config.json")),
     Case("inspect", ("inspect", "rm-0", "rm-1", "--distances"), out="said", victims=_RM),
-    Case("demo", ("demo", "--quick", "-o", "out"), going_on=r"out/.*"),
 )  # fmt: skip
 
 
@@ -714,10 +713,9 @@ def layer(place: Path) -> Path:
 
 def measure(bench: Bench, case: Case, options: argparse.Namespace) -> Iterator[Row]:
     base, draw = baseline(bench, case), random.Random(options.seed)
-    trials = min(options.trials, 5) if case.name == "demo" else options.trials
     print(f"{case.name}: {base.seconds:.2f} s, calls {base.calls}, times {sorted(base.times)}", file=sys.stderr)
     others: dict[str, list[dict[str, Any]]] = {}
-    for name, faults in faults_of(bench, case, base, trials, draw).items():
+    for name, faults in faults_of(bench, case, base, options.trials, draw).items():
         if options.fault and not any(wanted in name for wanted in options.fault):
             continue
         row = Row(case.name, name)
