@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from tiny_models import TEMPLATE, folder
 from warmerge.errors import Finding, UsageError
 from warmerge.report import model_card
 from warmerge.report.card import ANSWER, CARD_MARK, PROMPT, CardFacts, Example, scoring_lines
-from warmerge.report.card.results import read_results, reading
-from warmerge.report.card.text import clean, code, escaped
+from warmerge.report.card.results import public_sets, read_results, reading
+from warmerge.report.card.text import clean, code, escaped, public_warnings
 
 ODD = [
     "yes", "1.0", "null", "- a", "a: b", "'", '"', "#", "---", "a\n---\nb", "é\u2028\x85", "\ud800", "\x1b[31m", "|",
@@ -293,6 +294,20 @@ def test_warnings_of_a_real_merge_name_members_by_number(
         assert "merged: member 2: tensor 'score.weight' has cosine" in card
         assert "with member 1's: these heads look independently drawn" in card
         assert "left out" not in card
+
+
+def test_many_names_take_no_more_time_than_their_number() -> None:
+    begun = time.process_time()
+    sets = public_sets([(f"{number}/x", "") for number in range(3000)])
+    assert list(sets.values())[::1000] == ["x", "x-1001", "x-2001"]
+    made = manifest(*(entry(f"{number}-m") for number in range(600)), warnings=["x", "7-m: y"] * 10)
+    assert public_warnings(made) == ["x", "member 8: y"] * 10
+    assert time.process_time() - begun < 0.5
+
+
+def test_more_names_than_are_looked_for_leave_out_all_that_may_have_one() -> None:
+    made = manifest(*(entry(f"{number}-m") for number in range(1001)), warnings=["7-m: y"])
+    assert public_warnings(made) == [None]
 
 
 def test_numbers_in_notes_are_not_taken_for_members() -> None:

@@ -274,6 +274,18 @@ def test_misspelt_options_and_commands_exit_2(arguments: list[str], shown: str) 
     assert "Traceback" not in done.err
 
 
+def test_processes_of_torchrun_do_not_all_do_the_same(rm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = rm("a", seed=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    what = "inspect is the work of one process, and WORLD_SIZE says that 2 were started to do it"
+    advice = "start it without torchrun or accelerate launch, or unset WORLD_SIZE"
+    assert here("inspect", a) == Done(2, "", f"warmerge: {what}; {advice}\n")
+    for command in ("train", "rl"):
+        assert "WORLD_SIZE" not in here(command).err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert here("inspect", a).code == 0
+
+
 def test_a_failure_exits_1(tmp_path: Path, rm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

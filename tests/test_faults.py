@@ -221,7 +221,7 @@ def test_a_full_disk_keeps_the_earlier_results(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as `write` says it: without a name
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "open", full)
         with pytest.raises(OSError, match=r"No space left on device: '.*numbers'"):
             write_results(tmp_path, EVAL, {"rows": [{**ROWS[0], "model": "b"}]})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -231,7 +231,7 @@ def test_where_a_figure_cannot_be_drawn_the_numbers_are_there(tmp_path: Path, mo
     write_results(tmp_path, EVAL, {"rows": ROWS})
 
     def full(*given: Any, **more: Any) -> None:
-        Path(given[1]).write_bytes(b"half a figure")
+        given[1].write(b"half a figure")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from warmerge.errors import UsageError
 from warmerge.report import results
 from warmerge.report.page import FOLDED_ROWS, SHOWN_ROWS, Result, Section, page, section
 from warmerge.report.page.claims import FOLDED_CLAIMS
+from warmerge.report.page.places import without_places
 from warmerge.report.page.style import SCRIPT, STYLE
 from warmerge.report.page.svg import inline_svg
 
@@ -270,6 +272,21 @@ def test_rows_are_shown_up_to_a_number_that_is_said() -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_columns_are_shown_up_to_a_number_that_is_said() -> None:
+    """A page does not grow by columns times rows: a file may have a key of its own in each row."""
+    rows = [{f"k{number}": 1 for number in range(3000)}, *({"k0": number} for number in range(40))]
+    found = made(("x", "odd", {"rows": rows}))
+    assert len(found.all("th")) + len(found.all("td")) < 2 * 101 * 42
+    assert "2,900 more columns are in the file." in found.words()
+
+
+def test_long_paths_take_no_more_time_than_their_length() -> None:
+    one, other = (f"/{first}{'/a' * 8000}" for first in "bc")
+    begun = time.process_time()
+    assert without_places([one, other], {}) == [f"…{one}", f"…{other}"]
+    assert time.process_time() - begun < 0.5
+
+
 def test_columns_know_what_they_are_sorted_by() -> None:
     parsed = made(("out", "rl-report", policies()))
     values = [attributes.get("data-v") for attributes in parsed.all("td")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from policy_runs import hacked, rising, straight, three_by_three, wins, write_rows, write_run
 
 import warmerge
-from warmerge.errors import RefusedError, UsageError
+from warmerge.errors import RefusedError, UsageError, WarmergeError
 from warmerge.pipeline.rl_report import RlReport, rl_report
 from warmerge.report import results
+from warmerge.report.optimisation import optimisation_figure
 
 
 @pytest.fixture(autouse=True)
@@ -350,9 +352,24 @@ def test_win_rates_that_cannot_be_right_are_refused(here: Path) -> None:
         "bad.json: row 6: expected a whole number for 'n', found 'None'",
         "none.json: has no win rates",
         "other.json: cannot be read as a result of warmerge winrate: JSON with rows",
-        "nowhere.json: cannot be read as a result of warmerge winrate: JSON with rows",
+        "nowhere.json: cannot be read as a result of warmerge winrate: No such file or directory",
     ]
     assert not (here / "out").exists()
+
+
+def test_a_pipe_of_win_rates_is_not_waited_for(here: Path) -> None:
+    write_run(here / "run", hacked(9))
+    os.mkfifo(here / "pipe.json")
+    found = refused("run", winrates=["pipe.json"])
+    assert found == ["pipe.json: cannot be read as a result of warmerge winrate: it is no regular file"]
+
+
+def test_numbers_that_no_axis_holds_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(results._FIGURES, results.RL, (optimisation_figure, ("rows", "peaks", "wins")))
+    write_run(here / "run", [row | {"kl_sequence": 1e308} for row in hacked(9)])
+    with pytest.raises(WarmergeError, match=r"^out/rl-report\.json has the numbers, but their figure cannot be "):
+        report("run")
+    assert (here / "out" / "rl-report.json").is_file()
 
 
 # --- words ---

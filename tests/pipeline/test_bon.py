@@ -603,6 +603,22 @@ def test_seconds_of_different_runs_are_not_compared(world: World, tmp_path: Path
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("name", ["bon.json", "chosen.jsonl"])
+def test_results_that_came_meanwhile_are_not_replaced(world: World, tmp_path: Path, name: str) -> None:
+    """And nothing is lost: rewards are kept."""
+    out = tmp_path / "out"
+
+    def meets(_: str) -> None:
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("another command's")
+
+    with pytest.raises(UsageError, match=rf"{out} holds {name} already; choose another -o, or add --overwrite"):
+        small(world, tmp_path, pool(n=2), say=meets)
+    assert sorted(path.name for path in out.iterdir()) == sorted([name, "scores.safetensors"])
+    assert (out / name).read_text() == "another command's"
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_proxy_more_scores_only_that(world: World, tmp_path: Path, loads: list[str]) -> None:
     rows = pool(n=2)
     small(world, tmp_path, rows, proxies=rms(world.a, world.b))

@@ -16,7 +16,7 @@ from reward_world import World, own_accuracy, own_rewards, pairs, with_head, wri
 from safetensors.torch import load_file, save_file
 
 import warmerge
-from warmerge.errors import RefusedError, UsageError
+from warmerge.errors import RefusedError, UsageError, WarmergeError
 from warmerge.pipeline import evaluate as module
 from warmerge.pipeline.evaluate import Evaluation, evaluate
 from warmerge.pipeline.scoring import judge
@@ -345,6 +345,34 @@ def test_existing_results_are_refused_before_anything_is_scored(
     assert (tmp_path / "eval.json").read_bytes() == before
     evaluate([world.b], [world.data("val")], out=tmp_path, measuring=FAST, overwrite=True)
     assert json.loads((tmp_path / "eval.json").read_text())["rows"][0]["model"] == "b"
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "load_reward_model", never)
+    with pytest.raises(OSError, match="/proc"):
+        evaluate([world.a], [world.data("val")], out="/proc/results")
+
+
+def test_results_that_came_meanwhile_are_not_replaced(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.score_all
+
+    def meets(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(module, "score_all", real)
+        evaluate([world.b], [world.data("val")], out=tmp_path, measuring=FAST)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "score_all", meets)
+    with pytest.raises(WarmergeError, match=rf"{tmp_path}/eval\.json meanwhile, .* is in {tmp_path}/\.eval\.partial"):
+        evaluate([world.a], [world.data("val")], out=tmp_path, measuring=FAST)
+    models = [
+        json.loads((folder / "eval.json").read_text())["rows"][0]["model"]
+        for folder in (tmp_path, tmp_path / ".eval.partial")
+    ]
+    assert models == ["b", "a"]
 
 
 @pytest.mark.parametrize(

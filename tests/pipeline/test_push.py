@@ -23,8 +23,10 @@ from tiny_models import folder as tiny_folder
 import warmerge
 import warmerge.pipeline.push as push_module
 from warmerge.errors import RefusedError, RemoteError, UsageError
+from warmerge.pipeline.found.results import FORMATS
 from warmerge.pipeline.publication import example
-from warmerge.pipeline.publication.contents import without_origin
+from warmerge.pipeline.publication.contents import model_files, without_origin
+from warmerge.pipeline.publication.licence import stated
 from warmerge.pipeline.publication.measured import read_measured
 from warmerge.pipeline.push import Proposal, propose, send
 from warmerge.report.card import CARD_MARK
@@ -386,12 +388,28 @@ def test_no_local_path_is_in_anything_that_is_sent(hub: LoopbackHub, merged: Pat
 @pytest.mark.parametrize("origin", ["/home/me/run", "../run", "runs/1", "org/name", "C:\\run", "run 7"])
 def test_no_origin_is_sent(origin: str) -> None:
     data = json.dumps({"_name_or_path": origin, "text_config": {"name_or_path": origin}, "x": [1, 2.5]}).encode()
-    assert json.loads(without_origin(data)) == {"text_config": {}, "x": [1, 2.5]}
+    assert json.loads(without_origin("config.json", data)) == {"text_config": {}, "x": [1, 2.5]}
+    own = json.dumps({"name_or_path": origin, "tokenizer_file": origin, "extra": {"name_or_path": "<x>"}}).encode()
+    assert json.loads(without_origin("tokenizer_config.json", own)) == {"extra": {"name_or_path": "<x>"}}
 
 
 def test_a_file_without_an_origin_is_sent_to_the_byte() -> None:
     for data in (b'{"x":1, "_name_or_path": ""}', b"[1,\n2]", b"no JSON", b'{"x": "/home/me"}'):
-        assert without_origin(data) == data
+        assert without_origin("config.json", data) == data
+
+
+@pytest.mark.parametrize("word", ["name_or_path", "_name_or_path", "tokenizer_file"])
+def test_what_is_called_like_an_origin_and_is_none_is_sent(word: str) -> None:
+    """A token, a tensor, a label."""
+    contents: dict[str, Any] = {
+        "vocab.json": {"a": 0, word: 1}, "added_tokens.json": {word: 7},
+        "tokenizer.json": {"model": {"type": "WordLevel", "vocab": {"a": 0, word: 1}}},
+        "model.safetensors.index.json": {"weight_map": {word: "model-00001-of-00002.safetensors"}},
+        "config.json": {"id2label": {"0": "a", word: "b"}, "label2id": {word: "0", "a": 1}, word: 1},
+    }  # fmt: skip
+    for name, content in contents.items():
+        data = json.dumps(content).encode()
+        assert without_origin(name, data) == data
 
 
 @pytest.mark.parametrize("revision", ["", "a b", "refs/pr/1", "0" * 40, "a..b"])
@@ -402,23 +420,53 @@ def test_what_is_no_branch_is_refused(hub: LoopbackHub, warm: Path, revision: st
 
 
 @pytest.mark.parametrize(
-    "change", [{"rule": {}}, {"rule": "uniform"}, {"inputs": []}, {"inputs": [{"role": "member"}]}]
-)
+    "change",
+    [
+        {"rule": {}}, {"rule": "uniform"}, {"rule": None}, {"inputs": []}, {"inputs": 5}, {"warmerge": None},
+        {"coefficients": 5}, {"coefficients": {"members": 5}}, {"coefficients": {"members": ["a", "b", "c"]}},
+        {"coefficients": {"members": [0.5, 0.5]}}, {"copied_tensors": 5}, {"versions": ["a"]}, {"warnings": 5},
+        {"selection": {}}, {"selection": {"selection": "x", "kept": 1, "of": 2, "sets": [5]}},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_record_that_no_merge_writes_is_refused(hub: LoopbackHub, warm: Path, change: dict[str, Any]) -> None:
     edit(warm / "warmerge.json", **change)
-    with pytest.raises(UsageError, match=r"/warmerge.json is not what a merge writes; merge again, or delete it"):
+    (key,) = change
+    message = rf"/warmerge\.json is not what a merge writes \(see .*'{key}'\); merge again, or delete it"
+    with pytest.raises(UsageError, match=message):
+        push(warm)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"role": "memebr"}, {"role": None}, {"fingerprint": [1]}, {"repo": "me/a"}, {"repo": 5, "revision": "main"},
+     {"checkpoint": 5}, {"base": 5}],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_inputs_that_are_none_is_refused(hub: LoopbackHub, warm: Path, change: dict[str, Any]) -> None:
+    first, *others = json.loads((warm / "warmerge.json").read_text())["inputs"]
+    edit(warm / "warmerge.json", inputs=[first | change, *others])
+    with pytest.raises(UsageError, match=r"/warmerge\.json is not what a merge writes \(see .*'inputs'\); merge again"):
+        push(warm)
+
+
+def test_a_record_without_a_rule_is_looked_at_too(hub: LoopbackHub, warm: Path) -> None:
+    (warm / "warmerge.json").write_text(json.dumps({"inputs": [{"checkpoint": "runs/1"}]}))
+    with pytest.raises(UsageError, match=r"/warmerge\.json is not what a merge writes \(see .*'inputs', 'rule'"):
         push(warm)
 
 
 def test_names_that_mean_two_members_are_refused(tmp_path: Path) -> None:
     """An eval and a curve that were run in different places."""
     inputs = [{"role": "member", "fingerprint": weights} for weights in ("aa", "bb")]
-    manifest = {"rule": {"name": "uniform"}, "copied_tensors": [], "inputs": inputs}
-    rows = [{"model": "average", "kind": "average"}, {"model": "1", "kind": "member"}, {"model": "2", "kind": "member"}]
+    rule = {"name": "uniform", "formula": "", "source": ""}
+    manifest = {"rule": rule, "copied_tensors": [], "inputs": inputs, "warmerge": "0"}
+    kinds = {"average": "average", "1": "member", "2": "member"}
+    rows = [{"set": "s", "model": name, "kind": kind, "accuracy": 0.5} for name, kind in kinds.items()]
     for kind, weights in (("eval", ("aa", "bb")), ("curve", ("bb", "aa"))):
         (tmp_path / kind).mkdir()
-        named = dict(zip("12", weights, strict=True))
-        (tmp_path / kind / f"{kind}.json").write_text(json.dumps({"fingerprints": named, "rows": rows}))
+        content = {"format": FORMATS[kind], "fingerprints": dict(zip("12", weights, strict=True)), "rows": rows}
+        (tmp_path / kind / f"{kind}.json").write_text(json.dumps(content))
     assert read_measured([tmp_path / "eval"], "cc", manifest).member_names == {"1": "member 1", "2": "member 2"}
     with pytest.raises(UsageError, match=r"call different members '1'; run both commands from one place"):
         read_measured([tmp_path / "eval", tmp_path / "curve"], "cc", manifest)
@@ -430,6 +478,12 @@ def test_own_code_goes_with_the_model_that_needs_it(hub: LoopbackHub, warm: Path
     edit(warm / "config.json", auto_map={"AutoModel": "modeling_x.X"})
     push(warm)
     assert sent(hub)["modeling_x.py"] == b"class X: ...\n"
+
+
+def test_a_tokenizers_own_code_goes_with_it(warm: Path) -> None:
+    (warm / "own.py").write_text("class Own: ...\n")
+    edit(warm / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    assert model_files(open_checkpoint(warm))["own.py"] == b"class Own: ...\n"
 
 
 def test_a_model_that_is_no_merge(hub: LoopbackHub, merged: Path) -> None:
@@ -865,7 +919,7 @@ def test_the_model_is_pushed_and_measured_under_the_same_weights(
         (["nowhere"], UsageError, r"nowhere: expected eval\.json or curve\.json in it, found neither$"),
         (["eval", "own"], UsageError, r"^--results: eval\.json is in \S+/eval and in \S+/own$"),
         (["eval", "eval"], UsageError, r"^--results: eval\.json is in "),
-        (["damaged"], UsageError, r"eval\.json is not a result of warmerge$"),
+        (["damaged"], RefusedError, r"eval\.json: is not a result of warmerge eval: expected the format 'warmerge"),
         (["old"], UsageError, r"eval\.json does not say which weights it measured; run the command again$"),
         (["old-curve"], UsageError, r"curve\.json does not say which weights it measured; run the command again$"),
         (["nameless-curve"], UsageError, r"curve\.json does not say which weights it measured; run the command again$"),
@@ -898,6 +952,41 @@ def test_results_that_are_not_of_this_model(
     with pytest.raises(kind, match=message):
         push(warm, results=places)
     assert writes(hub) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprints": {"me": ["0"]}}, {"rows": [5]}, {"rows": [{"model": "x"}]}, {"differences": 5},
+        {"differences": [5]}, {"notes": 5}, {"sets": [{"fingerprint": []}]}, {"format": "warmerge bon 1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_that_is_not_as_eval_writes_it_is_refused(
+    hub: LoopbackHub, warm: Path, measured: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shutil.copy(measured / "eval" / "eval.json", tmp_path)
+    edit(tmp_path / "eval.json", **change)
+    with pytest.raises((RefusedError, UsageError), match=rf"{tmp_path}/eval\.json:? "):
+        push(warm, results=[tmp_path])
+
+
+def test_a_result_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "eval.json").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(RefusedError, match=r"eval\.json: .* 1,000,000,000,000 bytes, expected 100,000,000 at most"):
+        read_measured([tmp_path], "0", None)
+
+
+def test_more_than_a_picture_shows_is_not_drawn(hub: LoopbackHub, warm: Path, measured: Path, tmp_path: Path) -> None:
+    content = json.loads((measured / "own" / "eval.json").read_text())
+    (row,) = content["rows"][:1]
+    rows = [*content["rows"], *(row | {"model": f"{number}", "kind": "other"} for number in range(300))]
+    (tmp_path / "eval.json").write_text(json.dumps(content | {"rows": rows}))
+    proposal = push(warm, results=[tmp_path], dry_run=True).proposal
+    assert "eval.png" not in proposal.files
+    assert "eval.png" not in proposal.card
+    assert any("has no figure of eval.json: 30" in str(warning) for warning in proposal.warnings)
 
 
 def test_results_of_the_average_do_not_speak_for_another_rule(
@@ -1029,6 +1118,20 @@ def test_what_was_published_can_be_published_again(hub: LoopbackHub, warm: Path,
     assert dict(pushed.proposal.licence) == {}
     assert pushed.proposal.licence_source == "member 1: none stated, member 2: none stated, member 3: none stated"
     assert sent(hub, "me/y")["warmerge.json"] == sent(hub)["warmerge.json"]
+
+
+def test_a_member_with_a_name_that_no_folder_has_states_no_licence(hub: LoopbackHub, warm: Path) -> None:
+    first, *others = json.loads((warm / "warmerge.json").read_text())["inputs"]
+    edit(warm / "warmerge.json", inputs=[first | {"checkpoint": "n" * 300}, *others])
+    assert push(warm).proposal.licence_source.startswith("member 1: none stated, member 2: apache-2.0")
+
+
+def test_long_front_matter_is_not_read(tmp_path: Path) -> None:
+    """YAML takes 300 times its size in memory."""
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nx: [" + "a," * 1000 + "]\n---\n")
+    assert stated(tmp_path / "README.md") == {"license": "mit"}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nx: [" + "a," * 60_000 + "]\n---\n")
+    assert stated(tmp_path / "README.md") == {}
 
 
 def test_a_given_licence_wins(hub: LoopbackHub, warm: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from reward_world import World, own_rewards, pairs, write_rows, write_tokenizer
 
 import warmerge
-from warmerge.errors import RefusedError, UsageError
+from warmerge.errors import RefusedError, UsageError, WarmergeError
 from warmerge.pipeline.score import reward_function, score_file
 from warmerge.pipeline.scoring import judge
 from warmerge.rewards.bench import open_bench
@@ -242,6 +243,32 @@ def test_an_empty_file_is_refused(world: World, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n")
     with pytest.raises(RefusedError, match="is empty: there is no row in it"):
         score_file(world.a, str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("out", ["x" * 244 + ".jsonl", "/proc/scored.jsonl"])
+def test_an_output_that_cannot_be_written_is_said_before_scoring(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """A name without room for what it is called until it is finished; a folder that nobody may write to."""
+    monkeypatch.setattr(judge, "load_reward_model", never)
+    data = write_rows(tmp_path / "in.jsonl", [{"text": "a"}])
+    with pytest.raises(OSError, match=out[:5]):
+        score_file(world.a, data, tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_output_that_came_meanwhile_is_left_as_it_is(world: World, tmp_path: Path) -> None:
+    out, data = tmp_path / "out.jsonl", write_rows(tmp_path / "in.jsonl", [{"text": "a"}])
+    with pytest.raises(WarmergeError) as caught:
+        score_file(world.a, data, out, on_work=lambda _: out.write_text("another command's"))
+    ours = tmp_path / f".out.jsonl.{os.getpid()}.partial"
+    what = f"-o {out} was written by another command meanwhile, and is left as it is"
+    assert str(caught.value) == f"{what}; what was scored here is in {ours}: give it another name"
+    assert out.read_text() == "another command's"
+    score_file(world.a, data, tmp_path / "again.jsonl")
+    assert ours.read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    score_file(world.a, data, out, overwrite=True)
+    assert not ours.exists()
 
 
 # --- the function for trainers ---

@@ -374,6 +374,16 @@ def test_nothing_is_written_without_a_store(models: Path) -> None:
     assert sorted(models.rglob("*")) == before
 
 
+def test_two_books_in_one_folder_keep_what_both_scored(models: Path, loads: list[str]) -> None:
+    one, other = book(models), book(models)
+    one.measure([open_judge(models / "a")])
+    other.measure([open_judge(models / "b")])
+    assert len(book(models).kept) == 2
+    other.measure([open_judge(models / "a")])
+    assert loads == ["a", "b"]
+    assert not list(models.glob(".*"))
+
+
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 

@@ -32,9 +32,10 @@ from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError
 from warmerge.pipeline import engine
 from warmerge.pipeline.engine import Outcome, Unit
 from warmerge.pipeline.score import score_file
-from warmerge.pipeline.scoring import Asked, child, score_all, units
+from warmerge.pipeline.scoring import Asked, child, remove_units, score_all, unit_folder, units
 from warmerge.pipeline.scoring.judge import open_average, open_judge
 from warmerge.pipeline.scoring.parts import find_scored, read_part, write_scored
+from warmerge.pipeline.scoring.scorebook import SCORES, open_book
 from warmerge.pipeline.scoring.texts import read_window, write_windows
 from warmerge.report import results
 from warmerge.rewards import model as models_floor
@@ -433,6 +434,83 @@ def test_two_dtypes_in_one_model_are_refused(tmp_path: Path, models: Path) -> No
         given(store, models / "a", measuring=replace(FAST, loading=LoadOptions(dtype="float32"))),
         given(store, models / "a", name="inline"),
     )
+
+
+@pytest.mark.usefixtures("ran")
+def test_weights_that_change_after_they_were_opened_are_refused(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no sample is taken: units give other rewards, and these must not be kept for those of the first weights."""
+    path, name = models / "a" / "model.safetensors", "model.embed_tokens.weight"
+
+    def change() -> None:
+        tensors = load_file(path)
+        tensors[name].view(-1)[-60:] += 3
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    elsewhere(monkeypatch, change)
+    with pytest.raises(RefusedError, match=r"a/model\.safetensors: changed while it was read"):
+        given(tmp_path / "s", models / "a", models / "b")
+    assert {read_part(part.parent).label for part in parts(tmp_path / "s")} == {str(models / "b")}
+
+
+def test_a_path_through_a_link_is_the_same_for_units(models: Path) -> None:
+    (models / "disk" / "deep").mkdir(parents=True)
+    (models / "link").symlink_to(models / "disk" / "deep")
+    (models / "b").rename(models / "disk" / "a")
+    assert Path(units._everywhere(f"{models}/link/../a")).samefile(models / "disk" / "a")
+
+
+@pytest.mark.usefixtures("ran", "no_figures")
+def test_eval_says_that_models_were_computed_in_different_ways(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one model's units meet a machine with a GPU, and the other's one without."""
+    on_gpu, data = str(models / "a"), write_rows(tmp_path / "val.jsonl", pairs(4, 2))
+    monkeypatch.setattr(child, "computed_in", lambda model: f"bfloat16 on {'cuda' if model.label == on_gpu else 'cpu'}")
+    asked: dict[str, Any] = {"data": [data], "out": tmp_path / "out", "with_average": False, "measuring": FAST}
+    found = evaluate([models / "a", models / "b"], engine="local", **asked)
+    ways = "a: bfloat16 on cuda; b: bfloat16 on cpu"
+    what = f"were computed in different precisions ({ways}); give --dtype and --device"
+    assert found.warnings == (Finding("rewards", what),)
+
+
+# --- commands that meet -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ran")
+@pytest.mark.parametrize("other", ["model", "texts"])
+def test_finished_parts_of_another_question_are_kept(tmp_path: Path, models: Path, other: str) -> None:
+    """A long run was stopped; a quick look into the same results must not remove its hours."""
+    store = unit_folder(tmp_path / SCORES)
+    given(store, models / "b")
+    long, texts = parts(store), TEXTS if other == "model" else TEXTS[1:9]
+    quick = open_judge(models / ("a" if other == "model" else "b"))
+    open_book(texts, "texts", FAST, tmp_path, engine="local").measure([quick])
+    assert parts(store) == long
+    assert {path.stem for path in (store / "texts").iterdir()} == {path.stem for path in long}
+    remove_units([Asked(open_judge(models / "b"), (TEXTS,))], FAST, store)
+    assert not store.exists()
+
+
+@pytest.mark.usefixtures("ran")
+def test_parts_that_another_command_removed(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command twice at once: who ends first removes the parts of both."""
+    store, inside = tmp_path / "s", units.run_units
+
+    def removed(asked: Sequence[Unit], **options: Any) -> list[Outcome]:
+        outcomes = inside(asked, **options)
+        shutil.rmtree(store)
+        return outcomes
+
+    monkeypatch.setattr(units, "run_units", removed)
+    with pytest.raises(WarmergeError) as caught:
+        given(store, models / "a")
+    what = f"parts of {models / 'a'} that were finished are no longer in {store}: another command removed them"
+    assert str(caught.value) == f"{what}; give this one again when that one has ended"
+    elsewhere(monkeypatch, lambda: shutil.rmtree(store / "texts"))
+    with pytest.raises(WarmergeError, match="is not there: another command removed it"):
+        given(store, models / "a")
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Members are trained in this process, by the function that the engines call; the 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,12 +22,14 @@ from safetensors.torch import load_file
 import warmerge
 from warmerge.errors import Interrupted, RefusedError, UsageError, WarmergeError
 from warmerge.pipeline import train as module
-from warmerge.pipeline.engine import Outcome, Unit
+from warmerge.pipeline.engine import Outcome, Unit, child
 from warmerge.pipeline.evaluate import evaluate
+from warmerge.pipeline.scoring.judge import open_judge
 from warmerge.pipeline.train import Trained, train
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.corruption import read_corruption
 from warmerge.rewards.model import LoadOptions
+from warmerge.training import preparation
 from warmerge.training.head import head_digest
 from warmerge.training.preparation import check_disk
 from warmerge.training.recipe import Recipe
@@ -209,6 +212,94 @@ def test_data_that_changed_is_noticed(world: World, tmp_path: Path) -> None:
         go(world, tmp_path / "runs", data=data, settings=replace(SETTINGS, runs=1), val=())
 
 
+def test_a_validation_set_that_changed_is_noticed(world: World, tmp_path: Path) -> None:
+    """Members that are ranked in one table were measured on the same comparisons."""
+    data, rows = write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4)), pairs(12, seed=7)
+    others = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    one: dict[str, Any] = {"data": data, "settings": replace(SETTINGS, runs=1)}
+    one["val"] = [write_rows(tmp_path / "val.jsonl", rows)]
+    go(world, tmp_path / "runs", **one)
+    write_rows(tmp_path / "val.jsonl", others)
+    with pytest.raises(UsageError, match="val_fingerprints: "):
+        go(world, tmp_path / "runs", **(one | {"settings": SETTINGS}))
+    (tmp_path / "runs/members/01/result.json").unlink()  # one that ends after the set has changed
+    with pytest.raises(
+        RefusedError, match=r"val\.jsonl: has changed since: other members are measured on what it held"
+    ):
+        run_member(tmp_path / "runs/members/01", lambda: False)
+    write_rows(tmp_path / "val.jsonl", rows)
+    assert not go(world, tmp_path / "runs", **one).failed
+
+
+def test_a_base_that_changed_is_noticed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "run_units", lambda *_, **__: [])
+    data, base = (
+        write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4)),
+        shutil.copytree(world.start, tmp_path / "base"),
+    )
+    train(base, data, tmp_path / "runs", settings=SETTINGS, measuring=FAST)
+    shutil.copytree(world.alien, base, dirs_exist_ok=True)
+    with pytest.raises(UsageError, match="base_fingerprints: "):
+        train(base, data, tmp_path / "runs", settings=SETTINGS, measuring=FAST)
+
+
+def test_a_run_of_an_earlier_version_is_another_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "run_units", lambda *_, **__: [])
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4))
+    go(world, tmp_path / "runs", data=data, val=())
+    record = json.loads((tmp_path / "runs/train.json").read_text())
+    del record["asked"]["base_fingerprints"], record["asked"]["val_fingerprints"]
+    (tmp_path / "runs/train.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="base_fingerprints: null there"):
+        go(world, tmp_path / "runs", data=data, val=())
+    run_member(tmp_path / "runs/members/01", lambda: False)  # as another machine's engine may
+
+
+def test_two_runs_are_not_prepared_in_one_folder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one would train from the start that the other one has put there."""
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4))
+    one: dict[str, Any] = {"settings": replace(SETTINGS, runs=1), "measuring": FAST}
+    real = preparation.probe_head
+
+    def meets(*arguments: Any, **options: Any) -> Any:
+        with pytest.raises(WarmergeError, match=r"another process is preparing a run in .*; wait for it, or choose"):
+            train(world.alien, data, tmp_path / "runs", **one)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(preparation, "probe_head", meets)
+    train(world.start, data, tmp_path / "runs", **one)
+    init, start = (load_file(path / "model.safetensors") for path in (tmp_path / "runs/init", world.start))
+    assert torch.equal(init["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+
+
+def test_no_mask_of_an_interrupted_run_is_left(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval --mask` would call clean labels swapped: data and fingerprint are the same."""
+    one: dict[str, Any] = {"data": write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4)), "val": ()}
+    with monkeypatch.context() as patch:
+        patch.setattr("warmerge.training.preparation.make_start", never)
+        with pytest.raises(AssertionError, match="too late"):
+            go(world, tmp_path / "runs", corrupt=0.25, **one)
+    assert (tmp_path / "runs/corruption.json").exists()
+    monkeypatch.setattr(module, "run_units", lambda *_, **__: [])
+    go(world, tmp_path / "runs", **one)
+    assert not (tmp_path / "runs/corruption.json").exists()
+
+
+def test_an_adapter_does_not_take_another_base_in_the_place_of_its_own(world: World, tmp_path: Path) -> None:
+    """After `mv runs old` and another run in `runs`."""
+    recipe = replace(SETTINGS.recipe, steps=1, lora=2, adapter=True)
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4))
+    go(world, tmp_path / "runs", data=data, settings=replace(SETTINGS, runs=1, recipe=recipe), val=())
+    (tmp_path / "runs").rename(tmp_path / "old")
+    shutil.copytree(world.alien, tmp_path / "runs" / "init")
+    member = tmp_path / "old" / "members" / "01"
+    with pytest.raises(RefusedError, match="; give the start that it was trained from with --base"):
+        open_judge(member)
+    assert open_judge(member, tmp_path / "old" / "init").inputs
+
+
 def test_a_preparation_that_was_interrupted_is_begun_again(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +387,65 @@ def test_one_that_is_stopped_goes_on(world: World, tmp_path: Path, monkeypatch: 
     found, whole = go(world, tmp_path / "runs", **one), go(world, tmp_path / "whole", **one)
     one_end, other = (load_file(run.out / "members/01/model.safetensors") for run in (found, whole))
     assert all(torch.equal(one_end[key], other[key]) for key in other)
+
+
+# --- several ranks ---
+
+
+@pytest.fixture
+def on_rank(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """`on_rank(0, runs)`: the members that the first of two ranks turns to, where a run of three was prepared."""
+    import accelerate
+
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(24, seed=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_units", lambda *_, **__: [])
+        go(world, tmp_path / "runs", data=data, settings=replace(SETTINGS, runs=3), val=())
+    names: list[Any] = []
+
+    def run(rank: int, runs: int) -> list[str]:
+        tried: list[str] = []
+
+        class State:
+            is_main_process = rank == 0
+
+            def __init__(self, **_: Any) -> None: ...
+
+        def broadcast(said: list[Any]) -> list[Any]:
+            names[:] = said if rank == 0 else names
+            return names
+
+        monkeypatch.setattr(accelerate, "PartialState", State)
+        monkeypatch.setattr(accelerate.utils, "broadcast_object_list", broadcast)
+        monkeypatch.setattr(module, "on_all_ranks", lambda work: work())
+        monkeypatch.setattr(module, "run_member", lambda folder, stop: tried.append(folder.name))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        train(world.start, data, tmp_path / "runs", settings=replace(SETTINGS, runs=runs), measuring=FAST)
+        return tried
+
+    return run
+
+
+def test_ranks_train_the_members_that_were_asked_for(on_rank: Callable[..., list[str]]) -> None:
+    assert on_rank(0, 2) == on_rank(1, 2) == ["01", "02"]
+
+
+def test_ranks_leave_a_member_to_who_is_working_on_it(
+    on_rank: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_LOCK_SECONDS", 0.1)
+    with (tmp_path / "runs" / "members" / "01" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert on_rank(0, 2) == ["02"]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_is_prepared(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="--batch 8: expected a multiple of 3, the processes that share each batch"):
+        go(world, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 # --- the start ---

@@ -33,8 +33,8 @@ def test_a_file_says_which_are_swapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", 'expected {"fingerprint": "...", "n": 4096, "swapped": [3, 17, ...]}'),
-        ("[]", "expected {"),
+        ("{", "cannot be read: Expecting property name"),
+        ("[]", 'expected {"fingerprint": "...", "n": 4096, "swapped": [3, 17, ...]}'),
         ('{"fingerprint": "a", "n": 4}', "expected {"),
         ('{"fingerprint": 7, "n": 4, "swapped": []}', "expected {"),
         ('{"fingerprint": "a", "n": 4.0, "swapped": []}', "expected {"),
@@ -44,7 +44,7 @@ def test_a_file_says_which_are_swapped(tmp_path: Path) -> None:
         ('{"fingerprint": "a", "n": 4, "swapped": [-1]}', "swapped: expected numbers from 0 to 4 - 1"),
         ('{"fingerprint": "a", "n": 4, "swapped": [true]}', "swapped: expected numbers from 0 to 4 - 1"),
         ('{"fingerprint": "a", "n": 4, "swapped": [1, 1]}', "swapped: a comparison is named twice"),
-        ("\udcff", "expected {"),
+        ("\udcff", "cannot be read: 'utf-8' codec"),
     ],
 )
 def test_a_file_of_another_format_is_refused(tmp_path: Path, text: str, message: str) -> None:

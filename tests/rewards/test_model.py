@@ -179,6 +179,52 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     assert f"{place}: has a tokenizer that cannot be loaded: " in refusal(place)
 
 
+def edit_tokenizer_config(place: Path, **changes: Any) -> None:
+    path = place / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_tokenizer_that_names_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    place = own_folder(tmp_path / "rm")
+    edit_tokenizer_config(place, fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    message = refusal(place)
+    assert f"{place}/tokenizer_config.json: has transformers read " in message
+    assert "(fast_tokenizer_files)" in message
+
+
+@pytest.mark.parametrize("length", ["512", [512]], ids=str)
+def test_a_length_that_is_no_number_is_refused(length: Any, tmp_path: Path) -> None:
+    place = own_folder(tmp_path / "rm")
+    edit_tokenizer_config(place, model_max_length=length)
+    assert f"{place}/tokenizer_config.json: has model_max_length '{length}', expected a number" in refusal(place)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [({"hidden_act": "none"}, "KeyError: 'none'"), ({"pad_token_id": 10**6}, "Padding_idx"),
+     ({"rope_parameters": {"rope_type": "none"}}, "none")],
+    ids=["activation", "padding", "positions"],
+)  # fmt: skip
+def test_a_config_of_no_model_is_refused(fields: dict[str, Any], why: str, tmp_path: Path) -> None:
+    place = own_folder(tmp_path / "rm")
+    edit_config(place, **fields)
+    message = refusal(place)
+    assert str(place) in message
+    assert why in message
+
+
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation"])
+def test_a_config_does_not_have_code_fetched(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `kernels` installed, transformers loads compiled code from the Hub that such a field names."""
+    from transformers.integrations import hub_kernels
+
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda name, **_: pytest.fail(f"{name} is fetched"))
+    place = own_folder(tmp_path / "rm")
+    edit_config(place, **{field: "kernels-community/any"})
+    assert load_reward_model(place, FLOAT32).module.config._attn_implementation == "sdpa"
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     place = own_folder(tmp_path / "rm")
     made = tokenizer()
@@ -326,6 +372,21 @@ def test_the_dtype_of_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert load_reward_model(wide, auto).module.dtype == torch.float32
     opened = load_reward_model(place, auto).source
     assert model_module.choose_dtype("auto", opened, torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rank", "device"), [(None, "cuda"), ("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda"), ("", "cuda"), ("x", "cuda")]
+)
+def test_processes_of_torchrun_have_a_gpu_each(rank: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless each sees one only, by CUDA_VISIBLE_DEVICES."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert model_module._device("auto") == torch.device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model_module._device("auto") == torch.device("cpu")
 
 
 def test_bfloat16_is_measured() -> None:

@@ -511,6 +511,26 @@ def test_a_wrong_start_is_refused(fresh: Path) -> None:
         run_member(another(fresh, "03", pairs="others"), lambda: False)
 
 
+def test_rows_are_on_the_disk_before_their_checkpoint(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut nothing goes on from a checkpoint without its rows."""
+    synced, real = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(fresh)
+    files = [name for name in synced if name in ("rows.jsonl", "state.safetensors", "model.safetensors")]
+    assert files == ["rows.jsonl", "state.safetensors"] * 2 + ["rows.jsonl", "model.safetensors"]
+
+
+def test_a_checkpoint_that_somebody_set_aside_is_none(tmp_path: Path) -> None:
+    for name in ("checkpoint-200", "checkpoint-200.bak", "checkpoint-1000"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in saving.checkpoints(tmp_path)] == ["checkpoint-200", "checkpoint-1000"]
+
+
 def test_processes_that_do_not_know_of_one_another_are_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import PartialState
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,27 @@ for folder in sys.argv[2:]:
         Path(folder, f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 """
 
+# Of rank 1: the disk fails where member 02 lies, and member 03 lies elsewhere.
+ALONE = """
+import os
+from warmerge.errors import Finding, RefusedError
+from warmerge.training import saving
 
-def on_two_ranks(tmp_path: Path, last: int, *folders: Path) -> None:
-    """Runs the members; rank 1 alone is told to stop in step `last`, if that is not 0."""
+load, checkpoints = saving.load_checkpoint, saving.checkpoints
+def fails(checkpoint, module, *more):
+    if checkpoint.parent.name == "02":
+        raise RefusedError([Finding("the checkpoint", "cannot be read")])
+    load(checkpoint, module, *more)
+if os.environ["RANK"] == "1":
+    saving.load_checkpoint = fails
+    saving.checkpoints = lambda folder: [] if folder.name == "03" else checkpoints(folder)
+"""
+
+
+def on_two_ranks(tmp_path: Path, last: int, *folders: Path, first: str = "") -> None:
+    """Runs the members; rank 1 alone is told to stop in step `last`, if that is not 0. Both run `first` before."""
     script = tmp_path / "both.py"
-    script.write_text(SCRIPT)
+    script.write_text(first + SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
         [*command, str(last), *map(str, folders)],
@@ -80,6 +97,27 @@ def test_two_ranks_equal_one_also_when_interrupted(tmp_path: Path) -> None:
     assert not saving.is_saved(broken)
     results = [json.loads((folder / RESULT).read_text()) for folder in (both, stopped)]
     assert results[0]["val"] == results[1]["val"]
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_rank_that_fails_alone_mixes_no_members(tmp_path: Path, divided: bool) -> None:
+    """Rank 1 cannot read a checkpoint, then does not see one: no rank trains that member, both train the next one."""
+    recipe = replace(RECIPE, shard=divided)
+    whole = start_run(tmp_path, recipe=recipe, dropout=0.0)
+    unread, unseen, following = another(whole, "02"), another(whole, "03"), another(whole, "04")
+    on_two_ranks(tmp_path, 3, unread)
+    on_two_ranks(tmp_path, 3, unseen)
+    on_two_ranks(tmp_path, 0, whole, unread, unseen, following, first=ALONE)
+    found = [[(folder / f"error-{rank}.txt").read_text() for rank in (0, 1)] for folder in (unread, unseen)]
+    assert found[0][0].endswith("rank 1: refused: the checkpoint: cannot be read")
+    assert found[0][1].endswith("RefusedError: refused: the checkpoint: cannot be read")
+    assert all("rank 0 found 3, rank 1 found 0: all ranks must share the run's folder" in said for said in found[1])
+    assert not saving.is_saved(unread)
+    assert not saving.is_saved(unseen)
+    assert equal(whole, following)
+    for folder in (unread, unseen):
+        on_two_ranks(tmp_path, 0, folder)
+        assert equal(whole, folder)
 
 
 def test_what_the_first_rank_cannot_write_ends_the_member_on_all(tmp_path: Path) -> None:

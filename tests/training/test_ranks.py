@@ -20,12 +20,13 @@ from test_member import another, equal, parts, rows, start_run, train, weights
 from test_member_ranks import on_two_ranks
 
 from warmerge import average
-from warmerge.errors import UsageError
+from warmerge.errors import Interrupted, UsageError, WarmergeError
 from warmerge.rewards.model import load_reward_model
 from warmerge.rewards.scoring import Tokens, score
 from warmerge.training import saving
+from warmerge.training.head import head_digest
 from warmerge.training.member import Recipe, read_member
-from warmerge.training.ranks import check_launcher, shard
+from warmerge.training.ranks import check_launcher, on_all_ranks, refuse_copies, shard
 from warmerge.training.training_set import batch_of, micro_batches
 
 SLOW = pytest.mark.slow
@@ -107,6 +108,53 @@ def test_launchers_that_do_as_they_are_told(environment: dict[str, str], monkeyp
     check_launcher(shard=False)
 
 
+@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_copies_of_a_command_by_mpirun_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(
+        UsageError, match=rf"^2 processes were started by mpirun or srun \({name}\), which members are not"
+    ):
+        refuse_copies()
+    monkeypatch.setenv("WORLD_SIZE", "4")  # a torchrun on each of two machines
+    refuse_copies()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv(name, "1")
+    refuse_copies()
+
+
+# --- what all ranks do, or none ---------------------------------------------------------------------------------------
+
+
+def refused() -> str:
+    raise UsageError("cannot be read")
+
+
+def test_what_one_rank_cannot_do_no_rank_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the first of two; what the other one says is made up."""
+    import accelerate
+
+    def beside(other: tuple[str, str]) -> None:
+        monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, other])
+
+    accelerate.PartialState(cpu=True)  # as one process: that it is one of two is heard from the variable alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    beside(("", "2"))
+    assert on_all_ranks(lambda: "found", lambda _: 2) == "found"
+    with pytest.raises(UsageError, match=r"^cannot be read$"):
+        on_all_ranks(refused)
+    with pytest.raises(
+        WarmergeError, match=r"^rank 0 found 3, rank 1 found 2: all ranks must share the run's folder; put"
+    ):
+        on_all_ranks(lambda: "found", lambda _: 3)
+    beside(("failed", "no such file"))
+    with pytest.raises(WarmergeError, match=r"^rank 1: no such file$"):
+        on_all_ranks(lambda: "found")
+    beside(("stopped", "by the user"))
+    for work in (refused, lambda: "found"):
+        with pytest.raises(Interrupted, match=r"^rank 1: by the user$"):
+            on_all_ranks(work)
+
+
 def test_a_command_in_one_process_divides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = here("train", "--data", "pairs.jsonl", "--base", "start", "--shard", "-o", "runs")
@@ -135,6 +183,29 @@ def test_what_a_launcher_says_of_accumulation_is_not_applied(tmp_path: Path, mon
     train(launched)
     assert rows(launched) == rows(folder)
     assert equal(launched, folder)
+
+
+def test_weights_that_no_reward_depends_on_do_not_stop_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BigBird's classifier has a pooler that it does not use: it gets no gradient, for which ranks would wait."""
+    from accelerate.state import AcceleratorState
+    from tiny_models import save, tokenizer
+    from transformers import AutoModelForSequenceClassification, BigBirdConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = BigBirdConfig(vocab_size=400, attention_type="original_full", num_labels=1, **sizes)
+    folder = start_run(tmp_path, "bert", replace(RECIPE, steps=3))
+    save(tmp_path / "init", AutoModelForSequenceClassification.from_config(config), tokenizer("bert"))
+    folder = another(folder, "02", head=head_digest(tmp_path / "init"))
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+    for name, value in (launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(True)
+    try:
+        assert len(train(folder)) == 3
+        assert torch.distributed.is_initialized()
+    finally:
+        AcceleratorState._reset_state(True)
+        torch.distributed.destroy_process_group()
 
 
 def test_a_checkpoint_is_the_file_that_safetensors_writes(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import contextlib
 import itertools
 import json
 import shutil
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fuzz
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import warmerge
 from warmerge.errors import RefusedError
-from warmerge.weights.adapter import base_named_by, read_adapter
+from warmerge.weights.adapter import _read_weights, base_named_by, read_adapter
 from warmerge.weights.average import plan_fingerprint
 from warmerge.weights.checkpoint import Checkpoint, LowRank, Tensor, read_checkpoint
 from warmerge.weights.folder import open_folder
@@ -412,6 +414,29 @@ def test_settings_that_are_no_plain_sum_are_refused(
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_large_copies_of_a_tensor_are_compared_in_blocks(tmp_path: Path) -> None:
+    """A file of a hundred gigabytes without data takes no place on a disk."""
+    table = {
+        f"base_model.model.a.q.lora_{name}.weight": ("F32", shape) for name, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    places = [f"base_model.model.score.{place}weight" for place in ("", "modules_to_save.default.")]
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(fuzz.seeds()["adapter"]))
+    for widths, refused in (((4_000_000, 4_000_000), False), ((4_000_000, 4_000_001), True)):
+        copies = {place: ("F32", (1, width)) for place, width in zip(places, widths, strict=True)}
+        (folder / "adapter_model.safetensors").write_bytes(fuzz.file_of(table | copies))
+        tracemalloc.start()
+        try:
+            findings = _read_weights(open_folder(folder, "a"))[2]
+            assert tracemalloc.get_traced_memory()[1] < 8_000_000
+        finally:
+            tracemalloc.stop()
+        assert ["has other values than another copy" in found.what for found in findings] == [True] * refused
+
+
 HEAD = "base_model.model.score.weight"
 WEIGHTS: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
     (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector' is not understood"),

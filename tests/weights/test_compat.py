@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import llama_tensors, write_checkpoint
 
+import warmerge
 from warmerge.errors import Finding, RefusedError
 from warmerge.pipeline.prepare import prepare
 from warmerge.rewards.config import effective_config
@@ -274,6 +275,14 @@ def test_a_config_that_computes_something_else_is_refused(
         assert found.what == f"has {key} {json.dumps(value)}, expected {expected} as in {a}"
 
 
+def test_null_is_not_the_default(rm: Writer) -> None:
+    """Mistral's sliding_window: 4096 where config.json does not have it, none where it says null, as v0.2 does."""
+    mistral = {"model_type": "mistral", "architectures": ["MistralForSequenceClassification"]}
+    a, b = rm("a", seed=1, config=mistral), rm("b", seed=2, config=mistral | {"sliding_window": None})
+    expected = f"has sliding_window null, expected 4096 as in {a}"
+    assert refused([a, b]) == [Finding(f"{b}/config.json", expected)]
+
+
 def test_another_rope_is_refused_however_it_is_spelled(rm: Writer) -> None:
     a = rm("a", seed=1)
     for name, change in (
@@ -318,6 +327,7 @@ SPELLINGS = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     ),
     "a default spelled out": ({}, {"rms_norm_eps": 1e-6, "hidden_act": "silu"}),
+    "null where there is no such field": ({}, {"finetuning_task": None}),
     "num_labels or id2label": ({"id2label": None, "label2id": None, "num_labels": 1}, {}),
 }
 
@@ -472,7 +482,9 @@ def test_other_tokenizer_settings_are_refused_by_name(rm: Writer) -> None:
     assert_differ(a, b, f"{b}/tokenizer_config.json", f"differs from {a}'s in 'add_bos_token', 'pad_token'")
 
 
-@pytest.mark.parametrize("file", ["merges.txt", "vocab.txt", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "file", ["merges.txt", "vocab.txt", "tokenizer.model", "spm.model", "bpe.codes", "tekken.json"]
+)
 def test_tokenizer_files_that_are_no_json_are_compared_by_their_bytes(rm: Writer, file: str) -> None:
     a, b = two(rm)
     (a / file).write_bytes(b"a b\n\xff")
@@ -514,6 +526,41 @@ def test_one_template_in_a_file_and_in_a_field_is_the_same_template(rm: Writer) 
     assert_healthy([a, b])
 
 
+def test_a_chat_template_in_a_folder_of_its_own_is_refused(rm: Writer) -> None:
+    """transformers applies it; a template for tools beside a chat_template.jinja it does not."""
+    a, b = two(rm)
+    templates = b / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ one }}")
+    for folder in (a, b):
+        (folder / "chat_template.jinja").write_text("{{ one }}")
+    assert_healthy([a, b])
+    for name, change in (("tool_use", (b / "chat_template.jinja").unlink), ("default", lambda: None)):
+        change()
+        (templates / f"{name}.jinja").write_text("{{ other }}")
+        with pytest.raises(RefusedError) as caught:
+            open_checkpoint(b)
+        (found,) = caught.value.findings
+        assert found.where == f"{templates}/{name}.jinja"
+        assert "save the one that is meant as chat_template.jinja beside the weights" in found.what
+
+
+def test_vocabularies_for_versions_of_transformers_are_refused(rm: Writer) -> None:
+    """transformers takes one of them in the place of tokenizer.json."""
+    a, b = two(rm)
+    for named in ([], ["tokenizer.json"]):
+        for folder in (a, b):
+            write_json(folder / "tokenizer_config.json", {"pad_token": "<pad>", "fast_tokenizer_files": named})
+        assert_healthy([a, b])
+    for folder in (a, b):
+        write_json(folder / "tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]})
+    found = refused([a, b])
+    assert [finding.where for finding in found] == [f"{folder}/tokenizer_config.json" for folder in (a, b)]
+    assert 'has transformers read ["tokenizer.4.0.0.json"] in the place of tokenizer.json' in found[0].what
+    with pytest.raises(RefusedError, match=r"tokenizer\.4\.0\.0\.json"):
+        warmerge.average([a, b], a.parent / "out", tokenizer_from=1)
+
+
 def test_a_tokenizer_file_nested_too_deep_is_refused(rm: Writer) -> None:
     a, b = two(rm)
     (b / "tokenizer_config.json").write_text("[" * 100_000)
@@ -539,6 +586,17 @@ def test_python_files_of_a_model_that_needs_no_code_are_left_alone(rm: Writer) -
     a, b = rm("a", seed=1), rm("b", seed=2)
     (b / "train.py").write_text("x = 1")
     assert_healthy([a, b])
+
+
+def test_the_code_of_a_tokenizer_is_compared_and_copied(rm: Writer) -> None:
+    a, b = two(rm)
+    for number, folder in enumerate((a, b)):
+        write_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}})
+        (folder / "own.py").write_text(f"OWN = {number}")
+    assert_differ(a, b, str(b), f"brings other tokenizer code (*.py) than {a}")
+    assert small_files.tokenizer_digest(open_checkpoint(a)) != small_files.tokenizer_digest(open_checkpoint(b))
+    warmerge.average([a, b], a.parent / "out", tokenizer_from=2)
+    assert (a.parent / "out" / "own.py").read_text() == "OWN = 1"
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 2.0), (0.0, 1.5), (None, 2.0)])

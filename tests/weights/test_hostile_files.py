@@ -199,7 +199,8 @@ def test_a_tokenizer_of_gigabytes_is_not_read(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "fields",
     [{"num_labels": 10**9}, {"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}},
-     {"parts": [{"decoder_layers": 100_001}]}],
+     {"parts": [{"decoder_layers": 100_001}]}, {"attention_types": [[["global"], 10**9]]},
+     {"first_k_dense_replace": 10**9}],
     ids=str,
 )  # fmt: skip
 def test_layers_and_labels_without_end_are_refused(fields: dict[str, Any]) -> None:
@@ -207,6 +208,12 @@ def test_layers_and_labels_without_end_are_refused(fields: dict[str, Any]) -> No
     files = {"model.safetensors": fuzz.file_of(fuzz.tensors()), "config.json": json.dumps(fields).encode()}
     with pytest.raises(RefusedError, match="expected 100000 at most; it is damaged, or hostile"):
         read_checkpoint(fuzz.Files(files))
+
+
+def test_other_numbers_may_be_large() -> None:
+    fields = {"vocab_size_per_layer_input": 262_144, "layer_rope_theta": [1_000_000, 10_000], "block_size": 131_072}
+    files = {"model.safetensors": fuzz.file_of(fuzz.tensors()), "config.json": json.dumps(fields).encode()}
+    assert read_checkpoint(fuzz.Files(files)).config == fields
 
 
 @pytest.mark.parametrize("piece", ['"%d":{},', '"%d":0,', '"%d":[[],[],[]],'])

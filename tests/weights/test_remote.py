@@ -11,7 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import loopback_hub
 import pytest
 from loopback_hub import Fault, LoopbackHub, not_found
 
@@ -20,6 +22,7 @@ from warmerge.weights import locate
 from warmerge.weights.checkpoint import read_checkpoint
 from warmerge.weights.folder import LocalFolder, open_folder, read_bytes
 from warmerge.weights.remote import reading
+from warmerge.weights.remote.pushing import look
 from warmerge.weights.safetensors_format import build_header
 
 CONFIG = json.dumps({"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "pad_token_id": 0}).encode()
@@ -432,8 +435,38 @@ def test_a_cache_that_cannot_be_written(hub: LoopbackHub, monkeypatch: pytest.Mo
 
 def test_a_hub_that_tells_no_sizes(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.commits["me/a"] = "main"
-    with pytest.raises(RemoteError, match=r"does not tell the commit and the files' sizes; check HF_ENDPOINT"):
+    with pytest.raises(RemoteError, match=r"me/a: http\S+ does not tell the commit, the files' names and their sizes "):
         reading.open_hub("me/a")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"sha": 5}, {"siblings": 5}, {"siblings": [{"rfilename": 5, "size": 1}]},
+     *({"siblings": [{"rfilename": "config.json", "size": size}]} for size in (-5, "5", 2.5, None))],
+    ids=str,
+)  # fmt: skip
+def test_a_hub_that_tells_nonsense(told: dict[str, Any], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = loopback_hub._Handler._api
+    monkeypatch.setattr(loopback_hub._Handler, "_api", lambda *asked: api(*asked) | told)
+    with pytest.raises(RemoteError, match=r"^me/a.* as the Hub does.*; check HF_ENDPOINT and the proxy$"):
+        reading.open_hub("me/a")
+
+
+def test_a_chat_template_in_a_folder_of_its_own_is_refused(hub: LoopbackHub) -> None:
+    """transformers would download and apply it."""
+    hub.put("me/a", {"config.json": CONFIG, "additional_chat_templates/default.jinja": b"{{ one }}"})
+    with pytest.raises(RefusedError, match=r"me/a/additional_chat_templates/default\.jinja: takes the place of"):
+        reading.open_hub("me/a")
+
+
+@pytest.mark.parametrize("told", [{"sha": 5}, {"siblings": 5}, {"siblings": [{"rfilename": 5}]}], ids=str)
+def test_a_hub_that_tells_nonsense_is_not_written_to(
+    told: dict[str, Any], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = loopback_hub._Handler._api
+    monkeypatch.setattr(loopback_hub._Handler, "_api", lambda *asked: api(*asked) | told)
+    with pytest.raises(RemoteError, match=r"^me/a.* as the Hub does.*; check HF_ENDPOINT and the proxy$"):
+        look("me/a", None, None)
 
 
 def test_the_address_comes_from_the_environment_and_importing_costs_nothing(hub: LoopbackHub, tmp_path: Path) -> None:

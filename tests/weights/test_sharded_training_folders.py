@@ -66,6 +66,27 @@ def test_fsdp_shards(tmp_path: Path) -> None:
     assert said(whole) == "holds no .safetensors file"
 
 
+def test_verl_shards(tmp_path: Path) -> None:
+    names = (f"{name}_world_size_2_rank_{rank}.pt" for name in ("model", "optim", "extra_state") for rank in (0, 1))
+    folder = touch(tmp_path / "actor", *names)
+    command = f"python -m verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT"
+    what = f"holds weights in the pieces of verl's ranks, not a model; make one: {command}; then give OUT. "
+    assert said(folder) == what + "These files can run code when read"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parts_that_torch_saves_as_safetensors(rm: Writer, alone: bool) -> None:
+    """HuggingFaceStorageWriter(save_distributed=True) on a machine's own disk: slices under the tensors' names."""
+    folder, name = rm("a", seed=1), "shard-00001-model-00001-of-00001.safetensors"
+    slices = {name: tensor[: -(-len(tensor) // 2)].contiguous() for name, tensor in llama_tensors(1).items()}
+    (folder / "model.safetensors").unlink()
+    save_file(slices, folder / name, {"format": "pt", "DCP_VERSION": "1.0"})
+    with pytest.raises(
+        RefusedError, match=f"holds what single ranks of a training saved, parts of tensors .'{name}'.,"
+    ):
+        open_checkpoint(folder / name if alone else folder)
+
+
 def test_a_model_beside_shards_is_a_model(rm: Writer) -> None:
     folder = rm("a", seed=1)
     touch(folder / "pytorch_model_fsdp_0", "__0_0.distcp")
@@ -105,6 +126,8 @@ def test_fsdp_pickles(tmp_path: Path) -> None:
     [
         lambda name: f"_fsdp_wrapped_module.{name}",
         lambda name: f"_orig_mod.{name}",
+        lambda name: f"_forward_module.{name}",
+        lambda name: f"_fpw_module.{name}",
         lambda name: f"module.{name}",
         lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
     ],

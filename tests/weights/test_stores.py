@@ -333,6 +333,19 @@ def test_bytes_that_were_not_asked_for_are_not_taken(memory: Store, monkeypatch:
         read_bytes(folder, "config.json")
 
 
+@pytest.mark.parametrize("size", [None, -1, 2.5], ids=str)
+def test_a_store_that_tells_no_size_is_not_trusted(size: Any, memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ls = MemoryFileSystem.ls
+
+    def listed(self: MemoryFileSystem, *asked: Any, **how: Any) -> list[dict[str, Any]]:
+        entries = ls(self, *asked, **how)
+        return [entry | ({"size": size} if entry["name"].endswith("config.json") else {}) for entry in entries]
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", listed)
+    with pytest.raises(RemoteError, match=rf"^memory://runs/a/config\.json: memory:// tells {size} as its size, ex"):
+        open_store(f"{memory.url}/a")
+
+
 def test_a_store_that_does_not_tell_versions_is_not_trusted(memory: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = [{"name": "/runs/a/config.json", "size": 3, "type": "file"}]
     monkeypatch.setattr(MemoryFileSystem, "ls", lambda self, path, detail: listed)

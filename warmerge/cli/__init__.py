@@ -23,6 +23,8 @@ from warmerge.cli import (
     theorising,
     training,
 )
+from warmerge.cli.shared import errors
+from warmerge.errors import UsageError
 
 app = typer.Typer(
     help="One robust reward model out of many: train, check, average and measure reward models (WARM).",
@@ -50,13 +52,25 @@ app.command()(publishing.push)
 app.command()(theorising.theory)
 
 
+# Commands whose work the processes of torchrun or accelerate divide. Of any other each of them would do all.
+_ON_RANKS = ("train", "rl")
+
+
 @app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
     if version:
         from warmerge.version import versions
 
         typer.echo(versions()["warmerge"])
         raise typer.Exit
+    command, ranks = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "")
+    if command not in (None, *_ON_RANKS) and ranks.isdecimal() and int(ranks) > 1:
+        with errors(debug=False):
+            what = f"{command} is the work of one process, and WORLD_SIZE says that {ranks} were started to do it"
+            raise UsageError(f"{what}; start it without torchrun or accelerate launch, or unset WORLD_SIZE")
 
 
 def main() -> None:

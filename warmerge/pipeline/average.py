@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from warmerge.errors import Finding
+from warmerge.errors import Finding, RefusedError, some
 from warmerge.pipeline.prepare import Prepared, Spec, prepare
 from warmerge.report.card import CardFacts, model_card
 from warmerge.version import versions
@@ -165,8 +165,14 @@ def _manifest(prepared: Prepared, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _small_files(prepared: Prepared, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    """Config, tokenizer, code and model card of the output: copied to the byte where they need not change."""
+    """Config, tokenizer, code and model card of the output: copied to the byte where they need not change.
+
+    Raises:
+        RefusedError: the tokenizer cannot be copied, or its code and the model's are two files of one name.
+    """
     source = prepared.source
+    if strange := small_files.strange_vocabularies(prepared.tokenizer):
+        raise RefusedError(strange)
     found = {name: small_files.small_file(source, name) for name in small_files.OTHER_FILES if name != "config.json"}
     files = {name: data for name, data in found.items() if data is not None}
     if source.config is not None:
@@ -175,6 +181,11 @@ def _small_files(prepared: Prepared, manifest: Mapping[str, Any]) -> dict[str, b
             files |= small_files.code_files(source)
     tokenizer = small_files.tokenizer_folder(prepared.tokenizer)
     files |= {name: read_bytes(tokenizer, name) for name in small_files.TOKENIZER_FILES if name in tokenizer.sizes()}
+    code = small_files.tokenizer_code(prepared.tokenizer)
+    if clash := [name for name in code if name in files and files[name] != code[name]]:
+        what = f"brings tokenizer code that is named as other model code: {some(clash)}; make both one file"
+        raise RefusedError([Finding(prepared.tokenizer.label, what)])
+    files |= code
     facts = CardFacts(architecture=small_files.architecture(source.config or {}))
     return files | {"README.md": model_card(manifest, facts).encode()}
 

@@ -156,13 +156,16 @@ def best_of_n(
     made = proxy_rows(read, proxies, choosers, scores)
     record = _record(read, judges, control, size, chooser, reference, measuring, command)
     record["notes"] = [*_left_out(sampled), *_notes(read, scores, targets), *cost_words(made, proxies, scores)]
+    # Looked at again: another command may have finished here meanwhile.
+    check_results(out, BON, overwrite)
+    check_chosen(out / CHOSEN, pool.prompts if isinstance(pool, Policy) else pool, overwrite)
     chosen = write_chosen(out / CHOSEN, read, choosers, targets, chooser, size, measuring.seed)
     result = BestOfN(
         curves.rows, curves.differences, curves.wins, curves.peaks, curves.fits, tuple(made), chosen,
         tuple(dict.fromkeys(warnings)), record,
     )  # fmt: skip
     # Of one prompt intervals are infinite, and cannot be drawn.
-    write_results(out, BON, without_nan(result.as_json()))
+    write_results(out, BON, without_nan(result.as_json()), overwrite=overwrite)
     return result
 
 

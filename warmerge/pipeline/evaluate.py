@@ -11,9 +11,18 @@ import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
 from warmerge.pipeline.prepare import Spec, mixture, prepare, short_labels
-from warmerge.pipeline.scoring import Asked, Found, check_scoring, cuts_of, remove_units, score_all, unit_folder
+from warmerge.pipeline.scoring import (
+    Asked,
+    Found,
+    check_scoring,
+    cuts_of,
+    doubts_of_mixing,
+    remove_units,
+    score_all,
+    unit_folder,
+)
 from warmerge.pipeline.scoring.judge import Judge, open_model
-from warmerge.report.results import EVAL, check_results, write_results
+from warmerge.report.results import EVAL, check_results, try_results, write_results
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, open_bench, results_record
 from warmerge.rewards.corruption import memorised, read_corruption, split_by_corruption
@@ -129,8 +138,11 @@ def evaluate(
     models = _models(members, others, merges, measuring.base)
     asked = [Asked(model.judge, _lists(model, bench, samples)) for model in models]
     units = None if out is None else unit_folder(Path(out) / f"{EVAL}.json")
+    if out is not None:
+        try_results(Path(out), EVAL)
     answers = list(score_all(asked, measuring, engine=engine, address=address, store=units))
     scored, moved, doubts = _scored(models, answers, bench)
+    doubts += doubts_of_mixing((model.name, one.computed) for model, one in zip(models, answers, strict=True))
     lengths = {name: answer_lengths(texts) for name, texts in bench.texts().items()}
     apart = [model for model in scored if model.kind == "beside"]
     compared = [*with_ensembles(scored), *apart, Scored(LENGTH, "baseline", lengths)]
@@ -143,9 +155,9 @@ def evaluate(
     found = tuple(dict.fromkeys((*warnings, *doubts)))
     result = Evaluation(tuple(rows), tuple(differences), tuple(moves), tuple(notes), found, record)
     if out is not None:
-        write_results(Path(out), EVAL, result.as_json())
+        write_results(Path(out), EVAL, result.as_json(), overwrite=overwrite)
     if units is not None:
-        remove_units(units)
+        remove_units(asked, measuring, units)
     return result
 
 

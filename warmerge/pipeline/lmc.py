@@ -127,7 +127,7 @@ def lmc_curve(
     }
     curve = Curve(tuple(rows), tuple(verdicts), mixtures.warnings, record)
     if folder is not None:
-        write_results(folder, CURVE, curve.as_json())
+        write_results(folder, CURVE, curve.as_json(), overwrite=overwrite)
     return curve
 
 

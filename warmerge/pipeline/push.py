@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain
-from warmerge.pipeline.publication.contents import CARD, left_out, model_files, stale
+from warmerge.pipeline.publication.contents import CARD, left_out, merge_record, model_files, stale
 from warmerge.pipeline.publication.licence import licence_of_members
 from warmerge.pipeline.publication.measured import read_measured
-from warmerge.pipeline.publication.readme import OWN, own_card, pictures, refuse_for_own_card, written_card
+from warmerge.pipeline.publication.readme import OWN, own_card, refuse_for_own_card, written_card
 from warmerge.report.card import CardFacts
 from warmerge.rewards.config import effective_config
 from warmerge.version import versions
 from warmerge.weights import compat, small_files
-from warmerge.weights.checkpoint import ADAPTER_CONFIG, Checkpoint, read_json
+from warmerge.weights.checkpoint import ADAPTER_CONFIG, Checkpoint
 from warmerge.weights.locate import open_checkpoint
-from warmerge.weights.output import MANIFEST
 from warmerge.weights.plan import DTYPE_NAMES, choose_threads, plan_merge
 from warmerge.weights.remote.pushing import Change, Target, change, commit, full_name, look
 from warmerge.weights.remote.reading import is_branch
@@ -158,7 +157,7 @@ def propose(
     progress = progress or (lambda count: None)
     (on_bytes or (lambda count: None))(2 * checkpoint.nbytes)  # once for every value, once for the files' digests
     _refuse_not_finite(checkpoint, Engine(choose_threads(threads), progress=progress))
-    merge = _merge_record(checkpoint)
+    merge = merge_record(checkpoint)
     fingerprint = read_sample(checkpoint).fingerprint
     measured = read_measured(results, fingerprint, merge)
     own = own_card(checkpoint)
@@ -171,7 +170,7 @@ def propose(
         architecture=small_files.architecture(checkpoint.config or {}),
     )  # fmt: skip
     card, said = written_card(checkpoint, merge, facts, measured, run_lines) if own is None else (own, [OWN])
-    files = {**model_files(checkpoint), **pictures(measured), CARD: card.encode(errors="backslashreplace")}
+    files = {**model_files(checkpoint), **measured.pictures, CARD: card.encode(errors="backslashreplace")}
     try:
         changes = change(target, files, stale(target.digests, files), progress)
     except ValueError:  # as huggingface_hub says it where a file is gone
@@ -181,7 +180,7 @@ def propose(
     proposal = Proposal(
         target.repo, revision, target.exists, target.private, create_pr, message or _message(merge),
         {name: _size(content) for name, content in files.items()}, changes.unchanged, changes.deletions,
-        left_out(checkpoint, files), fields, source, card, (*warnings, *said), target.new_branch,
+        left_out(checkpoint, files), fields, source, card, (*warnings, *measured.remarks, *said), target.new_branch,
     )  # fmt: skip
     return Ready(proposal, target, changes)
 
@@ -229,21 +228,8 @@ def unknown_licence(folder: str | Path) -> str | None:
     checkpoint, _ = _checked(Path(folder), any_model=True)
     if own_card(checkpoint) is not None:
         return None
-    fields, words = licence_of_members(_merge_record(checkpoint), Path(folder))
+    fields, words = licence_of_members(merge_record(checkpoint), Path(folder))
     return None if fields else words
-
-
-def _merge_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """warmerge.json of a merge; None for a model that is none."""
-    manifest = read_json(checkpoint.folder, MANIFEST)
-    if manifest is None or "rule" not in manifest:
-        return None
-    rule, inputs = manifest["rule"], manifest.get("inputs")
-    known = isinstance(rule, dict) and {"name", "formula", "source"} <= rule.keys() and "copied_tensors" in manifest
-    entries = inputs if isinstance(inputs, list) and inputs else [None]
-    if not known or not all(isinstance(entry, dict) and {"role", "fingerprint"} <= entry.keys() for entry in entries):
-        raise UsageError(f"{plain(checkpoint.label)}/{MANIFEST} is not what a merge writes; merge again, or delete it")
-    return manifest
 
 
 def _licence(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from warmerge.errors import UsageError
+from warmerge.errors import UsageError, WarmergeError, plain
 from warmerge.pipeline.found.rl_summary import RlReport, summary
 from warmerge.pipeline.prepare import Spec
 from warmerge.report.results import RL, check_results, write_results
@@ -43,6 +43,7 @@ def rl_report(
     Raises:
         UsageError: an argument that cannot be used, or results that are there already.
         RefusedError: with all that is wrong with any of the runs or win rates.
+        WarmergeError: the numbers are written, but no figure can be drawn of them.
 
     Example:
         >>> import warmerge
@@ -57,5 +58,11 @@ def rl_report(
         raise UsageError(f"--margin: expected a share above 0, found {margin}")
     check_results(out, RL, overwrite)
     found = summary(folders, str(out), smooth=smooth, margin=margin, winrates=winrates, command=command)
-    write_results(out, RL, found.as_json())
+    try:
+        write_results(out, RL, found.as_json(), overwrite=overwrite)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        # The runs are anybody's: numbers that no axis holds are refused by matplotlib, each in its own words.
+        where = f"{plain(str(out / RL))}.json"
+        what = f"their figure cannot be drawn ({type(error).__name__}: {error}); look for huge numbers in the runs"
+        raise WarmergeError(f"{where} has the numbers, but {what}") from error
     return found

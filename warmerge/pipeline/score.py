@@ -6,12 +6,13 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, RefusedError, UsageError, naming, plain, quoted, some
+from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, naming, plain, quoted, some
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.scoring import Asked, check_scoring, remove_units, score_all, unit_folder
 from warmerge.pipeline.scoring.judge import open_model
@@ -87,6 +88,8 @@ def score_file(
 
     Raises:
         UsageError: `out` exists or is `data`, or a column of this name is there.
+        WarmergeError: another command wrote `out` meanwhile; the message says where the rewards are.
+        OSError: `out` cannot be written, which is found out before anything is scored.
         RefusedError: rows of no such form (the first ten are named); a checkpoint that is no reward model.
     """
     target = Path(out)
@@ -104,17 +107,15 @@ def score_file(
     check_scoring(engine, measuring, target)
     rows, skipped = _read(data, column, skip_bad_rows)
     texts = [text for _, columns in rows for entry in columns for text in entry.texts]
-    on_work(len(texts))
     asked, units = [Asked(open_model(checkpoint, base), (texts,))], unit_folder(target)
-    (found,) = score_all(asked, measuring, engine=engine, address=address, store=units)
-    rewards = iter(found.rewards[0].tolist())
-    lines = []
-    for row, columns in rows:
-        added = {entry.name: [next(rewards) for _ in entry.texts] for entry in columns}
-        single = {entry.name: added[entry.name][0] for entry in columns if not entry.is_list}
-        lines.append(_json({**row, **added, **single}) + "\n")
-    _write(target, "".join(lines))
-    remove_units(units)
+    with _new_file(target, overwrite) as partial:
+        on_work(len(texts))
+        (found,) = score_all(asked, measuring, engine=engine, address=address, store=units)
+        rewards = iter(found.rewards[0].tolist())
+        lines = "".join(_line(row, columns, rewards) for row, columns in rows).encode()
+        with naming(target):
+            partial.write_bytes(gzip.compress(lines, mtime=0) if target.suffix == ".gz" else lines)
+    remove_units(asked, measuring, units)
     return ScoredFile(target, len(rows), len(texts), *found.cuts[0], skipped, found.doubts)
 
 
@@ -202,6 +203,13 @@ def _columns(row: Row, number: int, column: str, pairs: tuple[Layout, frozenset[
     return [_Column(column, (answer_to(prompt, row[named[0]], named[0], number),), False)]
 
 
+def _line(row: Row, columns: Sequence[_Column], rewards: Iterator[float]) -> str:
+    """A row with the next rewards, as many as it has texts."""
+    added = {entry.name: [next(rewards) for _ in entry.texts] for entry in columns}
+    single = {entry.name: added[entry.name][0] for entry in columns if not entry.is_list}
+    return _json({**row, **added, **single}) + "\n"
+
+
 def _json(row: Any) -> str:
     """One line; half a character, which JSON can hold and a file cannot, as an escape; NaN and infinities, which it
     cannot hold but Python writes into it, as null."""
@@ -224,9 +232,24 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    data = text.encode()
-    with naming(path):
-        partial.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-        os.replace(partial, path)
+@contextmanager
+def _new_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A file that is to be written and becomes `path` then. It is made at once: that it cannot be is not to be found
+    out after hours of scoring.
+
+    Raises:
+        WarmergeError: `path` is there by then, and not `overwrite`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere, or what a run that was killed left
+        partial.touch(exist_ok=False)
+        yield partial
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    if path.exists() and not overwrite:
+        what = f"-o {plain(str(path))} was written by another command meanwhile, and is left as it is"
+        raise WarmergeError(f"{what}; what was scored here is in {plain(str(partial))}: give it another name")
+    os.replace(partial, path)

@@ -115,7 +115,7 @@ def simulate_theory(
     }  # fmt: skip
     found = Theory(tuple(rows), tuple(coefficients), tuple(features), (*words, agreement), tuple(warnings), record)
     if folder is not None:
-        write_results(folder, THEORY, found.as_json())
+        write_results(folder, THEORY, found.as_json(), overwrite=overwrite)
     return found
 
 

@@ -6,18 +6,21 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, Interrupted, UsageError, WarmergeError
 from warmerge.pipeline.engine import Outcome, Unit, check_engine, run_units, stop_requested
+from warmerge.pipeline.engine.child import only_worker
 from warmerge.report.results import TRAINING, write_results
 from warmerge.rewards.bench import Measuring
 from warmerge.training.member import ROWS
 from warmerge.training.preparation import CORRUPTION, Run, prepare_run
-from warmerge.training.ranks import check_launcher
+from warmerge.training.ranks import check_batch, check_launcher, on_all_ranks, refuse_copies
 from warmerge.training.recipe import Member, Recipe
 from warmerge.training.record import MEMBERS, Asked
 from warmerge.training.settings import TrainSettings
@@ -110,6 +113,7 @@ def train(
     missing = [name for name in ("accelerate", "peft") if find_spec(name) is None]
     if missing:
         raise UsageError(f"train needs {' and '.join(missing)}: pip install 'warmerge[train]'")
+    refuse_copies()
     check_launcher(settings.recipe.shard)
     check_engine(engine, measuring.threads)
     asked = Asked(bases, str(data), settings, tuple(val), sft, probe, (corrupt, corrupt_seed))
@@ -153,26 +157,32 @@ def _train_on_ranks(
 
     import torch
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     if asked.sft is not None:
         raise UsageError("--sft-steps under torchrun: fine-tune first, and give the checkpoints with --init")
+    check_batch(asked.settings.recipe.batch, int(os.environ["WORLD_SIZE"]))
     if engine != "local":
         raise UsageError(f"--engine {engine}: under torchrun members are trained by its own processes; leave it away")
     # The others wait while the first one prepares; on a large model the probe alone takes longer than the usual limit.
     # Without cpu=True every process of a machine without a GPU would take itself for the only one.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
-    run, outcomes = None, {}
-    if state.is_main_process:
-        run = prepare_run(asked, out, measuring, command, say)
-    state.wait_for_everyone()
+    run = prepare_run(asked, out, measuring, command, say) if state.is_main_process else None
+    # In the folder there may be more of them, of a run that was larger.
+    names = broadcast_object_list([None if run is None else [member.name for member in run.members]])[0]
+    outcomes = {}
     with stop_requested() as stop:
-        for folder in sorted(path for path in (out / MEMBERS).iterdir() if path.is_dir()):
+        for name in names:
+            folder = (out / MEMBERS / name).absolute()
             try:
-                run_member(folder.absolute(), stop)
+                with ExitStack() as held:
+                    lock = only_worker(folder, stop) if state.is_main_process else nullcontext()
+                    on_all_ranks(partial(held.enter_context, lock))
+                    run_member(folder, stop)
             except Interrupted:
                 raise
             except WarmergeError as error:
-                outcomes[folder.name] = Outcome(Unit(f"member {folder.name}", "", folder), "failed", str(error))
+                outcomes[name] = Outcome(Unit(f"member {name}", "", folder), "failed", str(error))
     return None if run is None else _finished(asked, run, outcomes)
 
 

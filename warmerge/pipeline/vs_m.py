@@ -79,7 +79,7 @@ def accuracy_vs_m(
     }
     found = AccuracyVsM(tuple(rows), (*warnings, *mixtures.warnings), record)
     if folder is not None:
-        write_results(folder, VS_M, found.as_json())
+        write_results(folder, VS_M, found.as_json(), overwrite=overwrite)
     return found
 
 

@@ -141,7 +141,7 @@ def win_rate(
     warnings += judged.warnings
     made = tuple(_policy(match, name) for name in names)
     result = WinRates(tuple(rows), judged.pairs, made, tuple(dict.fromkeys(warnings)), record)
-    write_results(out, WINRATE, without_nan(result.as_json()))
+    write_results(out, WINRATE, without_nan(result.as_json()), overwrite=overwrite)
     return result
 
 

@@ -75,7 +75,9 @@ def save(figure: Figure, path: Path) -> Path:
     """Writes .png, .svg or .pdf, the same bytes for the same figure; the file appears whole or not at all."""
     ending, partial = path.suffix.lower(), path.with_name(f".{path.name}.partial")
     with style(), naming(path):
-        figure.savefig(partial, format=ending.removeprefix("."), metadata=_METADATA.get(ending))
+        partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere, or what a run that was killed left
+        with partial.open("xb") as file:
+            figure.savefig(file, format=ending.removeprefix("."), metadata=_METADATA.get(ending))
         os.replace(partial, path)
     return path
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import UsageError, naming, plain
+from warmerge.errors import UsageError, WarmergeError, naming, plain
 from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
 from warmerge.report.learning import learning_figure
 from warmerge.report.optimisation import optimisation_figure
+from warmerge.report.rows import too_many
 from warmerge.report.theory import theory_figure
 from warmerge.report.win_rates import win_rate_figure
 
@@ -29,6 +34,8 @@ WINRATE = "winrate"
 THEORY = "theory"
 # KIND.json while it is not yet to be found.
 _NUMBERS = "numbers"
+# How long to wait for another command that writes the same results; it draws its figures meanwhile.
+_LOCK_SECONDS, _POLL_SECONDS = 60.0, 0.1
 _TABLES = {
     EVAL: ("rows", "differences", "movements"),
     CURVE: ("rows", "verdicts"),
@@ -63,13 +70,69 @@ def check_results(folder: Path, kind: str, overwrite: bool) -> None:
         raise UsageError(f"{plain(str(folder))} holds {kind}.json already; choose another -o, or add --overwrite")
 
 
-def write_results(folder: Path, kind: str, content: Mapping[str, Any]) -> list[Path]:
+def try_results(folder: Path, kind: str) -> None:
+    """Finds out whether results can be written into a folder, or where it is to be made: before hours are spent.
+
+    Raises:
+        OSError: they cannot. WarmergeError: as `only_writer`.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with only_writer(place / f"{kind}.json"):
+        pass
+
+
+def write_results(folder: Path, kind: str, content: Mapping[str, Any], *, overwrite: bool = True) -> list[Path]:
     """Writes KIND.json, a CSV file for each table that has rows, and the figure as PNG and SVG. Returns their paths.
 
     NaN becomes null in JSON and an empty cell in CSV. What an earlier run wrote of this kind is replaced or removed,
     once all numbers are on the disk: KIND.json goes first and comes back last, so that nothing of another run lies
     beside it. Where a figure cannot be drawn the numbers are there all the same.
+
+    Args:
+        overwrite: replace what is there, also what another command wrote since `check_results` was asked.
+
+    Raises:
+        WarmergeError: there are results of this kind, and not `overwrite`; the message says where the new ones are.
+            Or as `only_writer`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder / f"{kind}.json"):
+        return _write_results(folder, kind, content, overwrite)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Holds the lock on a file that is to be written, by another file beside it that is there only meanwhile.
+
+    Raises:
+        WarmergeError: another command has held it for a minute.
+    """
+    name, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + _LOCK_SECONDS
+    while True:
+        # Not through a link, which may lead elsewhere.
+        with os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as lock:
+            if _locked(lock.fileno(), name):
+                try:
+                    yield
+                finally:
+                    name.unlink(missing_ok=True)
+                return
+        if time.monotonic() > deadline:
+            what = f"another command has been writing {plain(str(path))} for {_LOCK_SECONDS:.0f} seconds"
+            raise WarmergeError(f"{what}; wait for it, and give the same command again, or choose another -o")
+        time.sleep(_POLL_SECONDS)
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # file systems without locks are taken as they are
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    # Who had it has removed it, and a third command may have another one of this name.
+    return path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor))
+
+
+def _write_results(folder: Path, kind: str, content: Mapping[str, Any], overwrite: bool) -> list[Path]:
     fresh = folder / f".{kind}.partial"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -79,9 +142,14 @@ def write_results(folder: Path, kind: str, content: Mapping[str, Any]) -> list[P
         if content.get(table):
             written.append(folder / write_text(fresh / name, csv_text(content[table])).name)
     try:
-        return written + [folder / path.name for path in draw(fresh, kind, content)]
+        written += [folder / path.name for path in draw(fresh, kind, content)]
     finally:
+        if (folder / f"{kind}.json").exists() and not overwrite:
+            os.replace(fresh / _NUMBERS, fresh / f"{kind}.json")
+            what = f"another command wrote {plain(str(folder / kind))}.json meanwhile, and it is left as it is"
+            raise WarmergeError(f"{what}; what was found here is in {plain(str(fresh))}: move it elsewhere")
         _publish(fresh, folder, kind)
+    return written
 
 
 def _publish(fresh: Path, folder: Path, kind: str) -> None:
@@ -122,6 +190,8 @@ def redraw(folder: Path) -> list[Path]:
             known = False
         if not known:
             raise UsageError(f"{where} is not a result of warmerge")
+        if much := too_many(kind, content):
+            raise UsageError(f"{where}: {much} are more than can be read in a picture; warmerge report has tables")
         try:
             drawn += draw(folder, kind, content)
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
@@ -148,7 +218,9 @@ def write_text(path: Path, text: str) -> Path:
     """Writes a file that appears whole or not at all. Half a character, as in a file name, becomes an escape."""
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere, or what a run that was killed left
+        with partial.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
         os.replace(partial, path)
     return path
 

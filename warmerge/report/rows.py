@@ -10,9 +10,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from warmerge.errors import UsageError, plain, quoted
+from warmerge.errors import UsageError, counted, plain, quoted
 
 Row = Mapping[str, Any]
+# More than these are no picture any more, and take minutes to draw. Sets, paths and scenarios have a panel each.
+_MOST = {"set": 50, "path": 50, "scenario": 50, "model": 200, "policy": 200, "proxy": 200, "member": 200, "group": 200}
+_MOST_ROWS = 100_000
+# Of kinds that draw each row by itself.
+_MOST_MARKS = {"eval": 1_000, "winrate": 200}
 
 
 def groups(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
@@ -27,6 +32,20 @@ def groups(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
     if not found:
         raise UsageError("figure: expected rows to draw, found none")
     return found
+
+
+def too_many(kind: str, content: Mapping[str, Any]) -> str:
+    """What a result has more of than can be read in a picture, with its number; "" if it has not.
+
+    >>> too_many("eval", {"rows": [{"model": f"{i}", "set": "val"} for i in range(201)]})
+    '201 models'
+    """
+    rows = content.get("rows") or []
+    for key, most in _MOST.items():
+        found = len({str(row.get(key)) for row in rows})
+        if found > most:
+            return counted(found, key) if key != "policy" else f"{found:,} policies"
+    return counted(len(rows), "row") if len(rows) > _MOST_MARKS.get(kind, _MOST_ROWS) else ""
 
 
 def text(row: Row, key: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def effective_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The fields in which a config differs from the defaults of its model type; None where that is not known.
+    """All fields of a config, with the defaults of its model type; None where these are not known.
 
     Two versions of transformers write the same model in different words (rope_theta or rope_parameters, defaults
     spelled out or not); read back by one version they are equal. Not known are model types that this version does not
@@ -25,7 +25,7 @@ def effective_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if model_type is None or "auto_map" in values:
         return None
     try:
-        fields: Mapping[str, Any] = AutoConfig.for_model(model_type, **values).to_diff_dict()
+        fields: Mapping[str, Any] = AutoConfig.for_model(model_type, **values).to_dict()
     except Exception:  # noqa: BLE001 - each model type's config class has its own ways to fail on a value
         return None
     return fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from warmerge.errors import Finding, RefusedError, UsageError, plain
 from warmerge.rewards.bench import Subset
 from warmerge.rewards.pairs import UniqueTexts
+from warmerge.weights.foreign_json import parse, text_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ def read_corruption(path: Path) -> Corruption:
         RefusedError: a file that does not say that.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(text_of(path))
         fingerprint, n, swapped = content["fingerprint"], content["n"], content["swapped"]
         known = isinstance(fingerprint, str) and type(n) is int and isinstance(swapped, list)
     except OSError as error:
         raise UsageError(f"--mask: cannot read {plain(str(path))}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except ValueError as error:
+        raise RefusedError([Finding(str(path), f"cannot be read: {error}")]) from None
+    except (KeyError, TypeError):
         known = False
     if not known:
         what = 'expected {"fingerprint": "...", "n": 4096, "swapped": [3, 17, ...]}'

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from warmerge.errors import Finding, RefusedError, UsageError, some
+from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, some
 from warmerge.rewards.render import Renderer
 from warmerge.rewards.tokenizer import open_renderer, pad_doubts, quiet
 from warmerge.weights import small_files
@@ -29,6 +31,14 @@ from warmerge.weights.stream import Engine, refuse_changed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The output layer of a language model beside a value head: no reward uses it.
 _LM_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
+# How a model computes, not what. With `kernels` installed, transformers takes some of their values for compiled code
+# that it is to fetch from the Hub.
+_IMPLEMENTATIONS = frozenset(
+    {
+        "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+        "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,9 +165,14 @@ def is_causal(module: Any) -> bool:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return choose_device(name)
+    """auto: a GPU if there is one; of several the one that torchrun's processes of this machine divide them by."""
+    if name != "auto":
+        return choose_device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK", "")
+    own = rank.isdecimal() and int(rank) < torch.cuda.device_count()
+    return torch.device("cuda", int(rank)) if own else torch.device("cuda")
 
 
 def choose_dtype(name: str, source: Checkpoint, device: torch.device) -> torch.dtype:
@@ -226,12 +241,20 @@ def transformers_config(source: Checkpoint, trust_remote_code: bool, labels: int
     try:
         if stored.get("auto_map") and isinstance(source.folder, LocalFolder):
             return AutoConfig.from_pretrained(source.folder.path, num_labels=1, trust_remote_code=True)
-        said = {key: value for key, value in stored.items() if key not in ("model_type", "id2label", "label2id")}
+        said = _without_implementations(stored)
+        said = {key: value for key, value in said.items() if key not in ("model_type", "id2label", "label2id")}
         said |= {"num_labels": 1} | ({"pad_token_id": None} if value_head else {})
         return AutoConfig.for_model(str(stored.get("model_type")), **said)
     except Exception as error:  # each config class has its own ways to fail on a value
         what = f"is not a config that transformers knows (model_type {stored.get('model_type')!r}): {error}"
         raise RefusedError([Finding(where, what[:400])]) from error
+
+
+def _without_implementations(part: Any) -> Any:
+    """A config, or a part of one, whose author does not choose what computes its attention and its experts."""
+    if isinstance(part, Mapping):
+        return {key: _without_implementations(value) for key, value in part.items() if key not in _IMPLEMENTATIONS}
+    return [_without_implementations(value) for value in part] if isinstance(part, list) else part
 
 
 def set_dropout(config: Any, probability: float) -> list[str]:
@@ -250,7 +273,6 @@ def set_dropout(config: Any, probability: float) -> list[str]:
 
 def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The module in `dtype`: by transformers from the folder, where it would take the same files, else from memory."""
-    from safetensors import SafetensorError
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
     if not (isinstance(source.folder, LocalFolder) and _by_folder(source)):
@@ -259,8 +281,9 @@ def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code
             raise RefusedError([Finding(source.label, what)])
         weights = _state_dict(plan_merge([source], RULES["uniform"], Options()), Engine(choose_threads(None)))
         known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-        return _from_state_dict(known, config, weights, dtype, source.label)
-    try:
+        with _making(source):
+            return _from_state_dict(known, config, weights, dtype, source.label)
+    with _making(source):
         module, info = AutoModelForSequenceClassification.from_pretrained(
             source.folder.path,
             config=config,
@@ -270,11 +293,22 @@ def _load(source: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code
             ignore_mismatched_sizes=True,  # so that they are listed, with everything else that is wrong
             output_loading_info=True,
         )
-    except (ValueError, ImportError, RuntimeError, OSError, SafetensorError) as error:
-        refuse_changed([source])  # which would be why
-        raise RefusedError([Finding(source.label, f"cannot be loaded as a reward model: {error}"[:400])]) from error
     _refuse_incomplete(source.label, info)
     return module
+
+
+@contextlib.contextmanager
+def _making(source: Checkpoint) -> Iterator[None]:
+    """What transformers raises while it makes the model is a refusal: each class has its own ways to fail on a value
+    of config.json, a KeyError for a name that it does not know, an AssertionError for a number."""
+    try:
+        yield
+    except (WarmergeError, MemoryError):
+        raise
+    except Exception as error:
+        refuse_changed([source])  # which would be why
+        why = f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else str(error)
+        raise RefusedError([Finding(source.label, f"cannot be loaded as a reward model: {why}"[:400])]) from error
 
 
 def _by_folder(source: Checkpoint) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from warmerge.errors import Finding, RefusedError, UsageError
+from warmerge.errors import Finding, RefusedError, UsageError, quoted
 from warmerge.rewards.render import TEMPLATES, Renderer
 from warmerge.weights import small_files
 from warmerge.weights.checkpoint import Checkpoint
@@ -28,7 +28,8 @@ def open_renderer(
 
     Raises:
         UsageError: a template or length that cannot be used.
-        RefusedError: no tokenizer, one that cannot be loaded, or one with more tokens than the model has embeddings.
+        RefusedError: no tokenizer, one that cannot be loaded, one with more tokens than the model has embeddings, or
+            a length that is no number.
     """
     if template not in TEMPLATES:
         raise UsageError(f"--template: expected {', '.join(TEMPLATES)}, found {template!r}")
@@ -40,7 +41,7 @@ def open_renderer(
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if template == "chat" and not has_template:
         raise UsageError(f"--template chat: the tokenizer of {source.label} has no chat template")
-    limit = _longest(tokenizer, module)
+    limit = _longest(source, tokenizer, module)
     if max_length is not None and not 1 <= max_length <= limit:
         raise UsageError(f"--max-length: expected 1 to {limit} tokens for {source.label}, found {max_length}")
     # The same files are read by another class for another model type.
@@ -84,7 +85,7 @@ def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
     """The tokenizer beside a checkpoint's weights.
 
     Raises:
-        RefusedError: there is none, or it cannot be loaded.
+        RefusedError: there is none, it cannot be loaded, or it names another vocabulary than tokenizer.json.
     """
     from transformers import AutoTokenizer
 
@@ -92,6 +93,8 @@ def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
     if not isinstance(folder, LocalFolder) or not any(name in folder.sizes() for name in small_files.TOKENIZER_FILES):
         what = "has no tokenizer files; copy those of the model it was trained from"
         raise RefusedError([Finding(source.label, what)])
+    if strange := small_files.strange_vocabularies(source):
+        raise RefusedError(strange)
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
@@ -99,11 +102,22 @@ def open_tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
         raise RefusedError([Finding(source.label, f"has a tokenizer that cannot be loaded: {error}"[:400])]) from error
 
 
-def _longest(tokenizer: Any, module: Any) -> int:
+def _longest(source: Checkpoint, tokenizer: Any, module: Any) -> int:
     """The most tokens that the model has positions for, or its tokenizer allows."""
-    config = module.config.get_text_config()
-    said = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-    limits = [n for n in said if n is not None and n > 0]  # XLNet says -1
+    said = {
+        ("tokenizer_config.json", "model_max_length"): tokenizer.model_max_length,
+        ("config.json", "max_position_embeddings"): getattr(
+            module.config.get_text_config(), "max_position_embeddings", None
+        ),
+    }
+    wrong = [
+        Finding(f"{source.label}/{file}", f"has {field} {quoted(str(value)[:60])}, expected a number; correct it there")
+        for (file, field), value in said.items()
+        if value is not None and type(value) not in (int, float)
+    ]
+    if wrong:
+        raise RefusedError(wrong)
+    limits = [n for n in said.values() if n is not None and n > 0]  # XLNet says -1
     # RoBERTa counts positions from behind its padding index, so it has fewer than its table.
     table: Any = getattr(getattr(module.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)

@@ -27,10 +27,11 @@ from torch.nn.functional import softplus
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError
 from warmerge.rewards.model import DTYPES
 from warmerge.training import saving
-from warmerge.training.ranks import check_launcher, shard, whole
+from warmerge.training.ranks import check_batch, check_launcher, on_all_ranks, shard, whole
 from warmerge.training.recipe import Member, Recipe, learning_rate, read_member
 from warmerge.training.trainable import refuse_other_head, refuse_padding_dependence, rewards, trainable
 from warmerge.training.training_set import TrainingSet, batch_of, micro_batches
+from warmerge.weights.output import sync
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,10 +79,10 @@ def train_member(
         UsageError: a recipe that cannot be used.
         RefusedError: another head in `init` than the member's; a checkpoint of another run; a start whose rewards
             change in a padded batch.
-        WarmergeError: the loss, the gradient or a weight is not finite; the disk is full.
+        WarmergeError: the loss, the gradient or a weight is not finite; the disk is full; ranks that do not see the
+            same in `folder`, or of which one fails before the first step: then none trains.
     """
-    refuse_other_head(member, init)
-    if saving.is_saved(folder):
+    if on_all_ranks(partial(_is_done, member, init, folder), lambda done: [_identity(member), done]):
         if not member.recipe.keep_checkpoints:
             saving.remove_checkpoints(folder)
         return
@@ -101,6 +102,11 @@ def train_member(
     _on_first_rank(run.accelerator, partial(_save, run, init, folder), partial(_lend_weights, run))
 
 
+def _is_done(member: Member, init: Path, folder: Path) -> bool:
+    refuse_other_head(member, init)
+    return saving.is_saved(folder)
+
+
 @dataclass(frozen=True)
 class _Run:
     """A member being trained. `model` is `module`, or what averages its gradients between ranks around it."""
@@ -116,57 +122,79 @@ class _Run:
 
 def _begin(member: Member, init: Path, pairs: TrainingSet, folder: Path) -> _Run:
     """The start, or what the last checkpoint made of it."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     recipe = member.recipe
     check_launcher(recipe.shard)
+    # BigBird's pooler, and experts that no text of a batch goes to, get no gradient: ranks would wait for it.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # The body has an autocast of its own, see `trainable`. Processes without a GPU know of one another only if told so.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[unused])
     kind, ranks = str(accelerator.distributed_type.value), accelerator.num_processes
     if ranks != int(os.environ.get("WORLD_SIZE", "1")):
         started = f"{os.environ['WORLD_SIZE']} processes were started, but accelerate joined {ranks}"
         raise UsageError(f"{started}: each would train alone into one folder; start them with torchrun")
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UsageError(f"members are not trained with {kind}; start them with torchrun, or without a launcher")
-    if recipe.batch % ranks:
-        raise UsageError(f"--batch {recipe.batch}: expected a multiple of {ranks}, the processes that share each batch")
-    module = trainable(member, init, accelerator.device)
+    check_batch(recipe.batch, ranks)
+    module = on_all_ranks(partial(trainable, member, init, accelerator.device))
     if recipe.shard:
         shard(module, accelerator.device, ranks)  # before the optimizer takes the parameters
-    refuse_padding_dependence(
-        module, init, pairs, accelerator.device, tolerance=1e-3 if recipe.precision == "float32" else 0.1
-    )
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=member.lr)
-    done = _go_on(accelerator, folder, module, optimizer, member)
+
+    def begun() -> tuple[torch.optim.Optimizer, int]:
+        refuse_padding_dependence(
+            module, init, pairs, accelerator.device, tolerance=1e-3 if recipe.precision == "float32" else 0.1
+        )
+        optimizer = _optimizer(module, member)
+        return optimizer, _go_on(folder, module, optimizer, member)
+
+    optimizer, done = on_all_ranks(begun, lambda found: found[1])
+    if accelerator.is_main_process:  # all have read
+        _forget_rows(folder, done)
     module.train()
     model = module if recipe.shard else accelerator.prepare(module)
     return _Run(member, pairs, accelerator, module, model, optimizer, done)
 
 
-def _go_on(accelerator: Any, folder: Path, module: Any, optimizer: torch.optim.Optimizer, member: Member) -> int:
-    """Loads the last checkpoint, forgets the rows after it, and returns how many steps are done."""
+def _optimizer(module: Any, member: Member) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": member.recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=member.lr)
+
+
+def _go_on(folder: Path, module: Any, optimizer: torch.optim.Optimizer, member: Member) -> int:
+    """Loads the last checkpoint, and returns how many steps are done."""
     found = saving.checkpoints(folder)
     done = saving.step_of(found[-1]) if found else 0
     if found:
         saving.load_checkpoint(found[-1], module, optimizer, _identity(member))
-    rows = (folder / ROWS).read_text(encoding="utf-8").splitlines(keepends=True) if (folder / ROWS).exists() else []
+    rows = _rows(folder)
     if len(rows) < done:
         what = f"has {len(rows)} rows, but {found[-1].name} was written after {done}; delete that to begin again"
         raise RefusedError([Finding(str(folder / ROWS), what)])
-    accelerator.wait_for_everyone()  # all have read
-    if accelerator.is_main_process and len(rows) > done:
-        short = folder / f".{ROWS}.partial"
-        short.write_text("".join(rows[:done]), encoding="utf-8")
-        short.replace(folder / ROWS)
     return done
 
 
+def _rows(folder: Path) -> list[str]:
+    path = folder / ROWS
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _forget_rows(folder: Path, done: int) -> None:
+    """Of steps after the last checkpoint: they are done again."""
+    rows = _rows(folder)
+    if len(rows) > done:
+        short = folder / f".{ROWS}.partial"
+        short.write_text("".join(rows[:done]), encoding="utf-8")
+        sync(short)
+        short.replace(folder / ROWS)
+
+
 def _keep(run: _Run, folder: Path, step: int) -> None:
+    sync(folder / ROWS)  # after a power cut nothing goes on from a checkpoint without its rows
     keep = run.member.recipe.keep_checkpoints
     saving.write_checkpoint(folder, step, run.module, run.optimizer, _identity(run.member), keep)
 
@@ -178,6 +206,7 @@ def _lend_state(run: _Run) -> None:
 
 
 def _save(run: _Run, init: Path, folder: Path) -> None:
+    sync(folder / ROWS)
     recipe = run.member.recipe
     module = _undivided(run, init) if recipe.shard else run.module
     saving.save_reward_model(module, init, folder, DTYPES[recipe.dtype], recipe.adapter)

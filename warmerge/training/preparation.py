@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from warmerge.errors import Finding, UsageError, WarmergeError, plain
-from warmerge.rewards.bench import Measuring, cut_words, open_bench
+from warmerge.rewards.bench import Bench, Measuring, cut_words, open_bench
 from warmerge.rewards.corruption import Corruption, corrupt
 from warmerge.rewards.layouts import canonical
 from warmerge.rewards.model import LoadOptions, RewardModel, load_reward_model
@@ -32,7 +32,15 @@ from warmerge.rewards.scoring import Tokens
 from warmerge.training.head import has_head, head_digest, write_head
 from warmerge.training.probe import Probe, probe_head
 from warmerge.training.recipe import Member, Recipe
-from warmerge.training.record import TRAIN, Asked, begun, question_of, write_json, write_members
+from warmerge.training.record import (
+    TRAIN,
+    Asked,
+    begun,
+    only_preparation,
+    question_of,
+    write_json,
+    write_members,
+)
 from warmerge.training.settings import TrainSettings, default_lr, filled_in, members
 from warmerge.training.sft import fine_tune
 from warmerge.training.start import make_start
@@ -42,6 +50,7 @@ from warmerge.version import versions
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder
 from warmerge.weights.locate import make_local, open_checkpoint
+from warmerge.weights.samples import read_sample
 
 CORRUPTION, PAIRS, FEATURES = "corruption.json", "pairs.safetensors", "features.safetensors"
 
@@ -68,23 +77,30 @@ def prepare_run(
     Raises:
         UsageError: another run lies in `out`; an argument that cannot be used.
         RefusedError: a base, or data, that no reward model can be trained from.
-        WarmergeError: the disk has not enough room.
+        WarmergeError: the disk has not enough room; another process is preparing a run in `out`.
     """
     preferences = read_preferences(
         asked.data, skip_bad_rows=measuring.skip_bad_rows, limit=measuring.limit, seed=measuring.seed
     )
     if asked.settings.recipe.use_margins and not any(comparison.margin for comparison in preferences.comparisons):
         raise UsageError(f"--margins: {plain(asked.data)} has no column 'margin', or zeros in it; leave --margins away")
-    question = question_of(asked, preferences, measuring)
+    bases = [open_checkpoint(base) for base in asked.base]  # what is not there is said before anything is written
+    bench = open_bench(asked.val, measuring) if asked.val else Bench((), measuring)
+    question = question_of(
+        asked, preferences, measuring, [read_sample(base).fingerprint for base in bases],
+        [subset.preferences.fingerprint for subset in bench.sets],
+    )  # fmt: skip
     record = begun(out, question)
     if not record:
-        bases = [open_checkpoint(base) for base in asked.base]  # what is not there is said before anything is written
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / TRAIN, {"format": "warmerge train 1", "asked": question})
-        record = _prepared(asked, out, bases, preferences, measuring, say)
+        with only_preparation(out):
+            record = begun(out, question)  # by another process, since
+            if not record:
+                said = {"format": "warmerge train 1", "asked": question}
+                write_json(out / TRAIN, said)
+                record = _prepared(asked, out, bases, preferences, bench, say)
+                write_json(out / TRAIN, {**said, "command": list(command), **record})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # members will be trained by other processes
-        write_json(out / TRAIN, {"format": "warmerge train 1", "asked": question, "command": list(command), **record})
     # More runs may be asked for later: the first ones stay what they were.
     recipe, lr = Recipe(**record["recipe"]), tuple(record["lr"])
     made = members(asked.settings, recipe, lr, record["inits"], record["head"], record["pairs"])
@@ -98,15 +114,17 @@ def _prepared(
     out: Path,
     bases: Sequence[Checkpoint],
     preferences: PreferenceSet,
-    measuring: Measuring,
+    bench: Bench,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The shared files, and what train.json says of them."""
-    texts = unique_texts(preferences)
+    texts, measuring = unique_texts(preferences), bench.measuring
     swapped = corrupt(preferences.fingerprint, len(texts.chosen), *asked.corruption)
     if swapped.swapped:
         write_json(out / CORRUPTION, asdict(swapped))
-    warnings = _shared_prompts(preferences, asked.val, measuring)
+    else:
+        (out / CORRUPTION).unlink(missing_ok=True)  # of a run that was asked for before, and interrupted
+    warnings = _shared_prompts(preferences, bench)
     sources = _sources(asked, out, bases, preferences, swapped, measuring.loading, say)
     inits = ["init"] if len(sources) == 1 else [f"init-{k}" for k in range(1, len(sources) + 1)]
     for source, init in zip(sources, inits, strict=True):
@@ -261,13 +279,11 @@ def _measured(init: Path, val: Sequence[str], measuring: Measuring) -> dict[str,
     return accuracies(load_reward_model(init, measuring.loading), val, measuring)
 
 
-def _shared_prompts(preferences: PreferenceSet, val: Sequence[str], measuring: Measuring) -> list[Finding]:
-    """Warnings of validation sets that hold prompts of the training set. The sets are read before hours are spent."""
-    if not val:
-        return []
+def _shared_prompts(preferences: PreferenceSet, bench: Bench) -> list[Finding]:
+    """Warnings of validation sets that hold prompts of the training set."""
     trained = {_prompt(comparison) for comparison in preferences.comparisons}
     warnings = []
-    for subset in open_bench(val, measuring).sets:
+    for subset in bench.sets:
         prompts = {_prompt(comparison) for comparison in subset.preferences.comparisons}
         if both := len(prompts & trained):
             what = f"shares {both} of its {len(prompts)} prompts with the training pairs: its accuracies flatter"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from warmerge.errors import Finding, RefusedError, UsageError, naming, plain
+from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, naming, plain
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.pairs import PreferenceSet
 from warmerge.training.recipe import Member, read_member
@@ -17,7 +20,7 @@ from warmerge.training.settings import TrainSettings
 from warmerge.training.sft import SftRecipe
 from warmerge.weights.output import sync
 
-TRAIN, MEMBERS = "train.json", "members"
+TRAIN, MEMBERS, LOCK = "train.json", "members", ".lock"
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,24 @@ class Asked:
     corruption: tuple[float, int] = (0.0, 0)
 
 
-def question_of(asked: Asked, preferences: PreferenceSet, measuring: Measuring) -> dict[str, Any]:
-    """What makes a run this run: equal for the same question to the same data."""
+def question_of(
+    asked: Asked,
+    preferences: PreferenceSet,
+    measuring: Measuring,
+    bases: Sequence[str] = (),
+    val: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What makes a run this run: equal for the same question to the same data.
+
+    Args:
+        bases: fingerprints of the weights of each base.
+        val: fingerprints of the validation sets: members that are ranked together were measured on the same.
+    """
     question = asdict(asked)
     del question["settings"]["runs"]
     question["loading"] = asdict(measuring.loading)
     question |= {key: getattr(measuring, key) for key in ("limit", "skip_bad_rows")}
-    question["data_fingerprint"] = preferences.fingerprint
+    question |= {"data_fingerprint": preferences.fingerprint, "base_fingerprints": bases, "val_fingerprints": val}
     found: dict[str, Any] = json.loads(json.dumps(question))  # as it will be read again: lists for tuples
     return found
 
@@ -55,7 +69,7 @@ def question_of(asked: Asked, preferences: PreferenceSet, measuring: Measuring) 
 def begun(out: Path, question: dict[str, Any]) -> dict[str, Any]:
     """train.json of a run of the same question that was prepared; {} where none was: it is prepared from the start."""
     # A kill while the record was written leaves its beginning, under another name.
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {f".{TRAIN}.partial"}):
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {f".{TRAIN}.partial", LOCK}):
         return {}
     try:
         record = json.loads((out / TRAIN).read_text(encoding="utf-8"))
@@ -72,6 +86,25 @@ def begun(out: Path, question: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("\n".join([what, *differing]))
     assert isinstance(record, dict)
     return record
+
+
+@contextmanager
+def only_preparation(out: Path) -> Iterator[None]:
+    """Holds the lock on a run's folder, which is made, while what its members share is written.
+
+    Raises:
+        WarmergeError: another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    # The file stays: to remove it would let another process lock another file of that name.
+    with (out / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # file systems without locks are taken as they are
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                what = f"another process is preparing a run in {plain(str(out))} at this moment"
+                raise WarmergeError(f"{what}; wait for it, or choose another folder for -o") from None
+        yield
 
 
 def _differences(earlier: Any, now: Any, name: str = "") -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +20,13 @@ import torch
 from warmerge.errors import Finding, RefusedError, WarmergeError, quoted, some
 from warmerge.rewards.tokenizer import quiet
 from warmerge.training.ranks import part_of, whole
+from warmerge.weights.adapter import BASE
 from warmerge.weights.checkpoint import ADAPTER_WEIGHTS, INDEX, SINGLE
 from warmerge.weights.kernels import TORCH_DTYPE, memory
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST, sync
 from warmerge.weights.safetensors_format import build_header
+from warmerge.weights.samples import read_sample
 
 _CHECKPOINT, _STATE = "checkpoint-", "state.safetensors"
 # The file that makes a folder a model: renamed last.
@@ -33,8 +36,9 @@ _DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a member's folder, the last one last."""
-    return sorted(folder.glob(f"{_CHECKPOINT}*"), key=step_of)
+    """The checkpoints in a member's folder, the last one last. One that somebody set aside by another name is none."""
+    found = folder.glob(f"{_CHECKPOINT}*")
+    return sorted((path for path in found if re.fullmatch(r"\d+", path.name.removeprefix(_CHECKPOINT))), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -207,6 +211,9 @@ def _write_adapter(module: Any, init: Path, partial: Path, dtype: torch.dtype) -
     # PEFT takes a relative path from where a program runs. When the run is moved, this one leads nowhere: --base.
     config.base_model_name_or_path, config.inference_mode = str(init.absolute()), True
     config.save_pretrained(partial)
+    # Another run's start may lie there by then: by this one it is known.
+    fingerprint = read_sample(open_checkpoint(init)).fingerprint
+    (partial / BASE).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

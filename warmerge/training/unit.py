@@ -11,6 +11,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ from warmerge.errors import Finding, Interrupted, RefusedError
 from warmerge.rewards import metrics
 from warmerge.rewards.bench import Measuring, open_bench
 from warmerge.rewards.model import LoadOptions, RewardModel, load_reward_model
-from warmerge.training import saving
 from warmerge.training.member import ROWS, Member, read_member, train_member
+from warmerge.training.ranks import on_all_ranks
 from warmerge.training.record import TRAIN, write_json
-from warmerge.training.training_set import read_pairs
+from warmerge.training.training_set import TrainingSet, read_pairs
 from warmerge.version import versions
 
 RESULT = "result.json"
@@ -38,23 +40,32 @@ def run_member(folder: Path, stop: Callable[[], bool]) -> None:
 
     Raises:
         Interrupted: `stop` said so; a checkpoint was written.
-        UsageError, RefusedError, WarmergeError: as `train_member`, `load_reward_model` and `open_bench`.
+        UsageError, RefusedError, WarmergeError: as `train_member`, `load_reward_model` and `open_bench`; a validation
+            set that is not what it was when the run was begun; ranks that do not share the folder.
     """
-    if (folder / RESULT).exists():
+    read = on_all_ranks(partial(_read, folder), lambda read: read and asdict(read[0]))
+    if read is None:
         return
-    runs, member = folder.parent.parent, read_member(folder / "member.json")
+    member, pairs = read
+    runs, steps = folder.parent.parent, member.recipe.steps
     init = runs / member.init
-    pairs = read_pairs(runs / "pairs.safetensors", member.pairs)
-    for _ in train_member(member, init, pairs, folder, stop):
-        pass
+    for row in train_member(member, init, pairs, folder, stop):
+        steps = row["step"]
     gc.collect()  # a divided model refers to itself: it would stay while it is measured, and while the next one trains
-    if not saving.is_saved(folder):
-        steps = saving.step_of(saving.checkpoints(folder)[-1])
+    if steps < member.recipe.steps:
         what = f"member {member.name} was stopped after {steps} of {member.recipe.steps} steps"
         raise Interrupted(f"{what}; run it again to go on")
     if int(os.environ.get("RANK", "0")) == 0:
         result = _curve(folder, member) | _measured(folder, member, init, _settings(runs / TRAIN))
         write_json(folder / RESULT, result)
+
+
+def _read(folder: Path) -> tuple[Member, TrainingSet] | None:
+    """What a member is and the pairs that it is trained on; None where it is done."""
+    if (folder / RESULT).exists():
+        return None
+    member = read_member(folder / "member.json")
+    return member, read_pairs(folder.parent.parent / "pairs.safetensors", member.pairs)
 
 
 def _curve(folder: Path, member: Member) -> dict[str, Any]:
@@ -76,7 +87,8 @@ def _curve(folder: Path, member: Member) -> dict[str, Any]:
 def _settings(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"val": found["val"], "loading": found["loading"], "measuring": found["measuring"]}
+        settings = {"val": found["val"], "loading": found["loading"], "measuring": found["measuring"]}
+        return {**settings, "val_fingerprints": found.get("asked", {}).get("val_fingerprints")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedError([Finding(str(path), f"does not say how members are measured ({error!r})")]) from None
 
@@ -89,18 +101,32 @@ def _measured(folder: Path, member: Member, init: Path, settings: Mapping[str, A
     measuring = Measuring(loading=LoadOptions(**settings["loading"]), base=base, **settings["measuring"])
     model = load_reward_model(folder, measuring.loading, measuring.base)
     return {
-        "val": accuracies(model, settings["val"], measuring),
+        "val": accuracies(model, settings["val"], measuring, settings["val_fingerprints"]),
         "head": head_digest(folder),
         "warnings": [str(warning) for warning in model.warnings],
         "versions": {**versions(), **{name: metadata.version(name) for name in ("accelerate", "peft")}},
     }
 
 
-def accuracies(model: RewardModel, val: Sequence[str], measuring: Measuring) -> dict[str, dict[str, float]]:
-    """Accuracy with its interval, and the scale of the rewards, on each validation set, by its name."""
+def accuracies(
+    model: RewardModel, val: Sequence[str], measuring: Measuring, fingerprints: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Accuracy with its interval, and the scale of the rewards, on each validation set, by its name.
+
+    Args:
+        fingerprints: of the sets that are meant.
+
+    Raises:
+        RefusedError: a set is another one.
+    """
     if not val:
         return {}
     bench = open_bench(val, measuring)
+    found_now = [subset.preferences.fingerprint for subset in bench.sets]
+    if fingerprints is not None and found_now != list(fingerprints):
+        what = "other members are measured on what it held when the run was begun; put that back and run it again"
+        changed = [s for s, now in zip(bench.sets, found_now, strict=True) if now not in fingerprints] or bench.sets
+        raise RefusedError(Finding(s.preferences.source, f"has changed since: {what}") for s in changed)
     measuring.on_work(sum(map(len, bench.texts().values())))
     rewards, found = bench.score(model), {}
     for subset in bench.sets:

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from warmerge.errors import Finding, RefusedError, quoted, some
+from warmerge.errors import Finding, RefusedError, plain, quoted, some
 from warmerge.weights.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, LowRank, Stored, Tensor, read_json
 from warmerge.weights.classifier_config import BETWEEN, reward_config
 from warmerge.weights.folder import Folder, read_bytes
 from warmerge.weights.heads import FINAL_WEIGHTS, is_head
 from warmerge.weights.safetensors_format import AVERAGED, parse_header
+from warmerge.weights.samples import read_sample
 from warmerge.weights.small_files import architecture as architecture_of
 from warmerge.weights.small_files import num_labels, pad_token_id
 
 Settings = Mapping[str, Any]
+# What `warmerge train --adapter` writes beside an adapter: the fingerprint of the model that it adapts.
+BASE = "adapter_base.json"
 # Fields that are used below, or that say only how the adapter was trained. Any other field that is set is refused.
 _KNOWN_FIELDS = frozenset(
     {
@@ -38,6 +41,7 @@ _INITS_THAT_KEEP_THE_BASE = frozenset({"true", "false", "none", "gaussian", "eva
 # A regular expression of a stranger may match for ever on a name that was made for it: where a group is repeated, where
 # much is optional, on a long name. What people write has a choice or two, and a * or two.
 _NAME, _PATTERN, _PATTERNS, _CHOICES, _REPEATS = 500, 500, 1000, 3, 2
+_BLOCK = 1 << 20
 _ENDLESS = re.compile(r"[)*+?}][*+?{]|\\\d")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 _WRAPPERS = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)|^base_model\.model\.")
@@ -68,6 +72,22 @@ def base_named_by(folder: Folder) -> str | None:
     if not isinstance(name, str) or not name:
         return None
     return f"{name}@{revision}" if revision and not os.path.isdir(name) else name
+
+
+def refuse_other_base(folder: Folder, base: Checkpoint) -> None:
+    """A path may lead to another model by now: where an adapter's folder says what its base was, it must be that.
+
+    Raises:
+        RefusedError: it is another one, or what the folder says of it is damaged.
+    """
+    said = read_json(folder, BASE)
+    if said is None:
+        return
+    expected, found = said.get("fingerprint"), read_sample(base).fingerprint
+    if expected != found:
+        what = f"was trained on a base with the fingerprint {quoted(str(expected)[:64])} ({BASE}), but that of "
+        what += f"{plain(base.label)} is {quoted(found)}; give the start that it was trained from with --base"
+        raise RefusedError([Finding(folder.label, what)])
 
 
 def read_adapter(folder: Folder, base: Checkpoint) -> Checkpoint:
@@ -253,8 +273,15 @@ def _read_weights(folder: Folder) -> tuple[dict[str, _Factors], dict[str, Stored
 
 
 def _same(one: Stored, other: Stored) -> bool:
-    first, second = (read_bytes(part.folder, part.file, part.offset, part.nbytes) for part in (one, other))
-    return (one.dtype, one.shape, first) == (other.dtype, other.shape, second)
+    """Whether two tensors are equal to the byte; of large ones only a part is in memory."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for done in range(0, one.nbytes, _BLOCK):
+        length = min(_BLOCK, one.nbytes - done)
+        first, second = (read_bytes(part.folder, part.file, part.offset + done, length) for part in (one, other))
+        if first != second:
+            return False
+    return True
 
 
 def _missing_prefix(factors: Mapping[str, _Factors], base: Checkpoint) -> str:

@@ -14,7 +14,7 @@ from warmerge.errors import Finding, RefusedError, quoted, some
 from warmerge.weights import foreign_json
 from warmerge.weights.folder import Folder, read_bytes
 from warmerge.weights.safetensors_format import AVERAGED, HEADER_LIMIT, TensorHeader, parse_header
-from warmerge.weights.sharded_training import how_to_gather, leftovers
+from warmerge.weights.sharded_training import how_to_gather, leftovers, refuse_parts_of_ranks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,6 +26,7 @@ _OF_MANY = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _SECOND_COPY = re.compile(r"consolidated.*\.safetensors$")
 # Layers or labels of one model. Ten million labels cost transformers a minute and 2.5 GB.
 _MOST = 100_000
+_COUNTED = re.compile("layer|label|depth|stage|block|dense|attention_types")
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,12 @@ def read_checkpoint(folder: Folder, only_file: str | None = None) -> Checkpoint:
         only_file: one safetensors file that the user named; the others in the folder are then left alone.
 
     Raises:
-        RefusedError: with every finding: no weights, pickle only, two layouts at once, a damaged file, an
-            index that does not match its shards.
+        RefusedError: with every finding: no weights, pickle only, one rank's part, two layouts at once, a damaged
+            file, an index that does not match its shards.
     """
     index = None if only_file else read_json(folder, INDEX)
     files = [only_file] if only_file else _choose_files(folder, index)
+    refuse_parts_of_ranks(folder.label, files)
     headers: dict[str, dict[str, TensorHeader]] = {}
     findings: list[Finding] = []
     for file in files:
@@ -277,13 +279,17 @@ def _wrong_types(config: Mapping[str, Any]) -> list[str]:
     return wrong + too_many
 
 
-def _counts(part: Any) -> Iterator[tuple[str, int]]:
+def _counts(part: Any, name: str = "") -> Iterator[tuple[str, int]]:
     """Every number of layers or labels in a config: transformers makes lists as long as they say."""
-    for name, value in part.items() if isinstance(part, Mapping) else enumerate(part):
-        if isinstance(value, dict | list):
-            yield from _counts(value)
-        elif type(value) is int and ("layer" in str(name) or "label" in str(name)):
-            yield str(name), value
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            yield from _counts(value, str(key))
+    elif isinstance(part, list):
+        for value in part:
+            # GPT-Neo's [[["global", "local"], 12]]. In other lists, such as a window for each layer, numbers are large.
+            yield from _counts(value, name if name in ("attention_types", "stage_num_blocks") else "")
+    elif type(part) is int and _COUNTED.search(name) and "size" not in name:
+        yield name, part
 
 
 def refuse_lone_shard(folder: Folder, file: str) -> None:

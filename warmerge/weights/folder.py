@@ -13,6 +13,7 @@ from warmerge.errors import Finding, RefusedError, UsageError, plain, quoted
 
 # What is read whole, configs and tokenizers: the largest tokenizers that are in use have 60 MB.
 WHOLE_LIMIT = 100_000_000
+TEMPLATES = "additional_chat_templates"
 
 
 class Folder(Protocol):
@@ -173,7 +174,8 @@ def open_folder(path: Path, label: str) -> LocalFolder:
 
     Raises:
         UsageError: `path` is not a folder.
-        RefusedError: a file in it is a link that leads out of it (the Hub cache's own links are followed).
+        RefusedError: a file in it is a link that leads out of it (the Hub cache's own links are followed); a sub-folder
+            holds the chat template that transformers would apply.
     """
     root = path.resolve()
     if not root.is_dir():
@@ -193,9 +195,33 @@ def open_folder(path: Path, label: str) -> LocalFolder:
             )
             continue
         states[entry.name] = _state(entry.stat())
+    templates = (f"{TEMPLATES}/{file.name}" for file in (root / TEMPLATES).glob("*.jinja"))
+    findings += hidden_templates(label, [*states, *templates])
     if findings:
         raise RefusedError(findings)
     return LocalFolder(label, root, states)
+
+
+def hidden_templates(label: str, names: Iterable[str]) -> list[Finding]:
+    """What is wrong where transformers would apply a chat template of a sub-folder, which nothing here looks at.
+
+    Templates for other uses than plain conversations are left alone: they decide no reward.
+
+    >>> hidden_templates("m", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+    []
+    >>> print(*(found.where for found in hidden_templates("m", ["additional_chat_templates/default.jinja"])))
+    m/additional_chat_templates/default.jinja
+    """
+    found, default = set(names), f"{TEMPLATES}/default.jinja"
+    templates = sorted(name for name in found if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"))
+    if default not in found and (not templates or "chat_template.jinja" in found):
+        return []
+    where = default if default in found else templates[0]
+    what = (
+        "takes the place of the chat template beside the weights when transformers loads the tokenizer; save the one "
+        f"that is meant as chat_template.jinja beside the weights, and move {TEMPLATES}/ away"
+    )
+    return [Finding(f"{label}/{where}", what)]
 
 
 def _state(stat: os.stat_result) -> FileState:

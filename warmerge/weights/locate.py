@@ -33,7 +33,8 @@ def open_checkpoint(spec: str | Path, base: str | Path | None = None, *, streame
     Args:
         spec: a folder, a .safetensors file, a Hub id (`org/name`, `org/name@revision`, `hf://org/name`), or a folder
             in an object store (`s3://bucket/name`). A local folder wins over a Hub id of the same name.
-        base: for a LoRA adapter, the checkpoint that it adapts; without it the one that its config names.
+        base: for a LoRA adapter, the checkpoint that it adapts; without it the one that its config names. Of a member
+            of `warmerge train --adapter` it must be the start, by some 4 KiB of each tensor.
         streamed: of what lies on the Hub, nothing is to be put in its cache.
 
     Raises:
@@ -67,6 +68,7 @@ def _open(spec: str | Path, base: str | Path | None, streamed: bool, adapters: t
         what = f"is an adapter of an adapter, and so on without an end: {some(adapters)}; give the model with --base"
         raise RefusedError([Finding(label, what)])
     full_base = _open(named, None, streamed, (*adapters, label))
+    adapter.refuse_other_base(folder, full_base)
     return replace(adapter.read_adapter(folder, full_base), fallback=full_base.folder)
 
 

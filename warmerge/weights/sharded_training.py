@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
-from warmerge.errors import Finding, plain, quoted, some
+from warmerge.errors import Finding, RefusedError, plain, quoted, some
 from warmerge.weights.folder import Folder, LocalFolder
 
 _DISTRIBUTED = re.compile(r"__\d+_\d+\.distcp$")
@@ -15,8 +15,12 @@ _ZERO = re.compile(r"(.*zero_pp_rank_\d+_mp_rank_\d+.*|mp_rank_\d+_model)_states
 _ONE_RANK = re.compile(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin$")
 _WHOLE_STATE = re.compile(r"pytorch_model_fsdp(_\d+)?\.bin$")
 _OPTIMIZER = "optimizer"
-# What FSDP, torch.compile and activation checkpointing put into the names of weights.
-_WRAPPERS = ("_fsdp_wrapped_module", "_flat_param", "_orig_mod", "_checkpoint_wrapped_module")
+_VERL = re.compile(r"model_world_size_\d+_rank_\d+\.pt$")
+_ONE_RANK_OF_TORCH = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
+# What FSDP, torch.compile, activation checkpointing and Lightning put into the names of weights.
+_WRAPPERS = (
+    "_fsdp_wrapped_module", "_flat_param", "_fpw_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module",
+)  # fmt: skip
 _THEN = "copy the start's config.json and tokenizer files into OUT, and give that. These files can run code when read"
 
 
@@ -32,6 +36,10 @@ def how_to_gather(folder: Folder) -> str | None:
     if parts := list(filter(_ONE_RANK.match, names)):
         what = f"holds what each rank of an FSDP training kept for itself ({some(parts)}); only that training reads it"
         return f"{what}: load it there, and save it with FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT"
+    if any(map(_VERL.match, names)):
+        command = f"python -m verl.model_merger merge --backend fsdp --local_dir {shlex.quote(plain(str(label)))}"
+        what = "holds weights in the pieces of verl's ranks, not a model; make one"
+        return f"{what}: {command} --target_dir OUT; then give OUT. These files can run code when read"
     if states := list(filter(_WHOLE_STATE.match, names)):
         call = f"save_file(torch.load({plain(str(label / states[0]))!r}, weights_only=True), 'OUT/model.safetensors')"
         what = f"holds the weights of an FSDP training as a pickle ({quoted(states[0])}), not as a model; make one"
@@ -41,6 +49,19 @@ def how_to_gather(folder: Folder) -> str | None:
         weights = [name for name in inner if not name.startswith(_OPTIMIZER)]
         return _of_distributed(label / weights[0]) if weights else None
     return None
+
+
+def refuse_parts_of_ranks(label: str, files: Iterable[str]) -> None:
+    """Each file of torch's HuggingFaceStorageWriter(save_distributed=True) looks like a model: it holds one rank's part
+    of every tensor, under the tensor's own name.
+
+    Raises:
+        RefusedError: some of these files are such parts.
+    """
+    if parts := list(filter(_ONE_RANK_OF_TORCH.match, files)):
+        what = f"holds what single ranks of a training saved, parts of tensors ({some(parts)}), not a model; save it"
+        advice = "with enable_consolidation=True of HuggingFaceStorageWriter, and give the folder around this one"
+        raise RefusedError([Finding(label, f"{what} {advice}")])
 
 
 def leftovers(label: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Finding]:

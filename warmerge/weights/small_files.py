@@ -14,10 +14,15 @@ from warmerge.weights.folder import Folder, read_bytes
 
 Config = Mapping[str, Any]
 Effective = Callable[[Config], Config | None]
+# Every file that a tokenizer of transformers reads, of its models for text, speech and pictures alike.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
+    "spm.model", "sentencepiece.model", "spm_char.model", "source.spm", "target.spm", "tiktoken.model", "tekken.json",
+    "bpe.codes", "dict.txt", "prophetnet.tokenizer", "byte_maps.json", "emoji.json", "normalizer.json",
+    "entity_vocab.json", "word_shape.json", "word_pronunciation.json", "vocab-src.json", "vocab-tgt.json",
+    "target_vocab.json",
 )  # fmt: skip
 OTHER_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 # Fields that do not change what a loaded model computes: where it came from, how it was trained, how it runs.
@@ -34,6 +39,7 @@ _TOKENIZER_IGNORED = {
     "tokenizer.json": frozenset({"truncation", "padding"}),
     "tokenizer_config.json": frozenset({"name_or_path", "_name_or_path", "chat_template", "transformers_version"}),
 }
+_ABSENT = object()  # a field that is not there: what null means instead is the model's to say
 
 
 def architecture(config: Config) -> str:
@@ -66,7 +72,37 @@ def tokenizer_digest(checkpoint: Checkpoint) -> str:
         if name in folder.sizes():
             found = True
             digest.update(name.encode() + read_bytes(folder, name))
+    for name, data in tokenizer_code(checkpoint).items():
+        digest.update(name.encode() + data)
     return digest.hexdigest()[:8] if found else "none"
+
+
+def tokenizer_code(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The Python files beside a tokenizer that brings its own code (`auto_map` in tokenizer_config.json)."""
+    folder = tokenizer_folder(checkpoint)
+    if not _tokenizer_settings(folder).get("auto_map"):
+        return {}
+    return {name: read_bytes(folder, name) for name in sorted(folder.sizes()) if name.endswith(".py")}
+
+
+def strange_vocabularies(checkpoint: Checkpoint) -> list[Finding]:
+    """What is wrong with a tokenizer_config.json that has transformers read another vocabulary than tokenizer.json."""
+    folder = tokenizer_folder(checkpoint)
+    named = _tokenizer_settings(folder).get("fast_tokenizer_files") or []
+    if named == ["tokenizer.json"] or not named:
+        return []
+    what = (
+        f"has transformers read {_short(named)} in the place of tokenizer.json (fast_tokenizer_files), each version "
+        "another one; save the tokenizer with the version that you use, which writes one tokenizer.json for all"
+    )
+    return [Finding(f"{folder.label}/tokenizer_config.json", what)]
+
+
+def _tokenizer_settings(folder: Folder) -> Config:
+    if "tokenizer_config.json" not in folder.sizes():
+        return {}
+    settings = parse_json(read_bytes(folder, "tokenizer_config.json"))
+    return settings if isinstance(settings, dict) else {}
 
 
 def small_file(checkpoint: Checkpoint, name: str) -> bytes | None:
@@ -105,10 +141,10 @@ def compare_configs(
         if member.config is None or reference.config is None:
             continue
         ours, theirs = member.config, reference.config
-        pairs: dict[str, tuple[Any, Any]] = {"model_type": (ours.get("model_type"), theirs.get("model_type"))}
+        pairs = {"model_type": _said(ours, theirs, "model_type")}
         if not partial:
             pairs |= {
-                "architectures": (ours.get("architectures"), theirs.get("architectures")),
+                "architectures": _said(ours, theirs, "architectures"),
                 "num_labels": (num_labels(ours), num_labels(theirs)),
                 "pad_token_id": (pad_token_id(ours), pad_token_id(theirs)),
             }
@@ -132,32 +168,39 @@ def compare_code(members: Sequence[Checkpoint]) -> list[Finding]:
     return findings
 
 
+def _said(ours: Config, theirs: Config, key: str) -> tuple[Any, Any]:
+    """A field of two configs in which null says nothing."""
+    here, there = (_ABSENT if config.get(key) is None else config[key] for config in (ours, theirs))
+    return here, there
+
+
 def _differing_fields(ours: Config, theirs: Config, effective: Effective | None) -> dict[str, tuple[Any, Any]]:
     """Dotted name -> (ours, theirs) of every field that matters and differs, also once defaults are filled in."""
     differing = _differing_keys(ours, theirs)
     if differing and effective is not None:
         full_ours, full_theirs = effective(ours), effective(theirs)
         if full_ours is not None and full_theirs is not None:
-            return _differing_keys(full_ours, full_theirs)
+            return _differing_keys(full_ours, full_theirs, filled=True)
     return differing
 
 
-def _differing_keys(ours: Config, theirs: Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def _differing_keys(ours: Config, theirs: Config, prefix: str = "", filled: bool = False) -> dict[str, tuple[Any, Any]]:
+    """`filled`: defaults stand in both, so what one lacks is no field of this model, and null for it says nothing."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(ours.keys() | theirs.keys()):
         if key in _CONFIG_IGNORED or "dropout" in key or key.endswith("_pdrop"):
             continue
-        here, there = ours.get(key), theirs.get(key)
+        here, there = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
         if isinstance(here, dict) and isinstance(there, dict):
-            found |= _differing_keys(here, there, f"{prefix}{key}.")
-        elif here != there:
+            found |= _differing_keys(here, there, f"{prefix}{key}.", filled)
+        elif here != there and not (filled and all(value is None or value is _ABSENT for value in (here, there))):
             found[prefix + key] = (here, there)
     return found
 
 
 def compare_tokenizers(members: Sequence[Checkpoint]) -> list[Finding]:
     """Tokenizer files and chat templates in which a member differs from the first."""
-    findings = []
+    findings = [finding for member in members for finding in strange_vocabularies(member)]
     reference = members[0]
     for member in members[1:]:
         for file in TOKENIZER_FILES:
@@ -175,6 +218,8 @@ def compare_tokenizers(members: Sequence[Checkpoint]) -> list[Finding]:
                 )
         if _chat_template(member) != _chat_template(reference):
             findings.append(Finding(member.label, f"has another chat template than {plain(reference.label)}"))
+        if tokenizer_code(member) != tokenizer_code(reference):
+            findings.append(Finding(member.label, f"brings other tokenizer code (*.py) than {plain(reference.label)}"))
     return findings
 
 
@@ -193,18 +238,16 @@ def _chat_template(checkpoint: Checkpoint) -> Any:
     folder = tokenizer_folder(checkpoint)
     if "chat_template.jinja" in folder.sizes():
         return read_bytes(folder, "chat_template.jinja").decode(errors="replace")
-    if "tokenizer_config.json" not in folder.sizes():
-        return None
-    settings = parse_json(read_bytes(folder, "tokenizer_config.json"))
-    return settings.get("chat_template") if isinstance(settings, dict) else None
+    return _tokenizer_settings(folder).get("chat_template")
 
 
 def compare_reward_scales(members: Sequence[Checkpoint]) -> list[Finding]:
     """OpenRLHF keeps the reward's mean and std in the config: a member on another scale weighs more or less."""
     findings = []
-    scales = [(member, (member.config or {}).get("mean"), (member.config or {}).get("std")) for member in members]
-    first, mean, std = scales[0]
-    for member, other_mean, other_std in scales[1:]:
+    first, *others = members
+    for member in others:
+        other_mean, mean = _said(member.config or {}, first.config or {}, "mean")
+        other_std, std = _said(member.config or {}, first.config or {}, "std")
         if not (_close(mean, other_mean) and _close(std, other_std)):
             what = (
                 f"has reward mean {_short(other_mean)} and std {_short(other_std)}, {plain(first.label)} has "
@@ -221,7 +264,7 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    if value is None:
+    if value is _ABSENT:
         return "nothing"
     text = json.dumps(value, default=str, ensure_ascii=True)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from warmerge.report.optimisation_words import comparison_words, group_words, wi
 from warmerge.report.results import without_nan
 from warmerge.rewards.over_optimisation import FEW_POINTS, default_window, optimisation
 from warmerge.version import versions
+from warmerge.weights.foreign_json import parse, text_of
 
 _TABLES = ("rows", "peaks", "equal_kl", "ends", "wins")
 
@@ -157,9 +157,12 @@ def read_wins(paths: Sequence[Spec]) -> list[dict[str, Any]]:
     rows, findings = [], []
     for path in dict.fromkeys(map(str, paths)):
         try:
-            own = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-            found = [dict(row) for row in own]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            found = [dict(row) for row in parse(text_of(Path(path)))["rows"]]
+        except (OSError, ValueError) as error:
+            what = f"cannot be read as a result of warmerge winrate: {getattr(error, 'strerror', None) or error}"
+            findings.append(Finding(path, what))
+            continue
+        except (TypeError, KeyError):
             findings.append(Finding(path, "cannot be read as a result of warmerge winrate: JSON with rows"))
             continue
         if not found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from warmerge.rewards.bench import Measuring
 from warmerge.rewards.layouts import Text
 from warmerge.rewards.pairs import parse_named, read_rows
 from warmerge.rewards.pools import read_pool, said
+from warmerge.weights.foreign_json import parse, text_of
 
 ANSWERS = "answers"
 _STEP = re.compile(r"step-(\d+)")
@@ -173,8 +173,8 @@ def _contender(spec: str) -> Contender:
     if step is None or not (run / RECORD).is_file():
         return Contender(name, source)
     try:
-        proxy = json.loads((run / RECORD).read_text(encoding="utf-8"))["proxy"]["name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        proxy = parse(text_of(run / RECORD))["proxy"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
         proxy = None
     given = source != spec
     proxy = proxy if isinstance(proxy, str) and proxy else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from warmerge.pipeline.scoring.rewarders import OwnFunction, open_rewarder
 from warmerge.rewards.layouts import Text
 from warmerge.rewards.pools import said
 from warmerge.training.seen import seen_in_training
+from warmerge.weights.foreign_json import parse, text_of
 
 
 def judge_doubts(
@@ -39,9 +39,9 @@ def prompt_doubts(contenders: Sequence[Contender], prompts: Sequence[Text]) -> l
 def _shared(run: Path, own: set[str], spec: str) -> list[Finding]:
     """What the proxy of an rl run has in common with a judge of these ingredients."""
     try:
-        proxy = json.loads((run / RECORD).read_text(encoding="utf-8"))["proxy"]
+        proxy = parse(text_of(run / RECORD))["proxy"]
         name, checkpoints = str(proxy["name"]), [str(checkpoint) for checkpoint in proxy["checkpoints"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         what = "cannot be read: whether the judge is what this run was optimised for is unknown"
         return [Finding(str(run / RECORD), what)]
     unknown = []
@@ -61,8 +61,8 @@ def _shared(run: Path, own: set[str], spec: str) -> list[Finding]:
 def _trained_on(run: Path, prompts: Sequence[Text]) -> list[Finding]:
     """A warning where a run's policies were optimised on some of these prompts, or might have been."""
     try:
-        source = str(json.loads((run / RECORD).read_text(encoding="utf-8"))["prompts"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        source = str(parse(text_of(run / RECORD))["prompts"])
+    except (OSError, ValueError, KeyError, TypeError):
         return []  # not a run of this version: nothing is known of its prompts
     path = next((place for place in (Path(source), run.parent / source, run / source) if place.exists()), None)
     try:

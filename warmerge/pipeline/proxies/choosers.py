@@ -13,6 +13,7 @@ import numpy
 from warmerge.errors import Finding, RefusedError, UsageError, plain, some
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.proxies import BASELINE, ENSEMBLE, LENGTH, ORACLE, RANDOM, WARM, Proxy
+from warmerge.pipeline.scoring import doubts_of_mixing
 from warmerge.pipeline.scoring.judge import Judge, open_average, open_judge
 from warmerge.pipeline.scoring.rewarders import is_function, load_rewarder, open_rewarder
 from warmerge.pipeline.scoring.scorebook import Scores
@@ -180,10 +181,7 @@ def doubts_after(
 ) -> list[Finding]:
     """Reasons for doubt that only scores show: what loading said, mixed precision, rewards that tell nothing apart."""
     found = [Finding(*doubt) for entry in scores.values() for doubt in entry.doubts]
-    computed = {entry.computed for entry in scores.values()}
-    if len(computed) > 1:
-        which = "; ".join(f"{plain(judges[key].label)}: {entry.computed}" for key, entry in scores.items())
-        found.append(Finding("rewards", f"were computed in different precisions ({which}); give --dtype and --device"))
+    found += doubts_of_mixing((judges[key].label, entry.computed) for key, entry in scores.items())
     varied = [row for row in range(len(pool.rows)) if len(set(pool.at[row].tolist())) > 1]
     for chooser in choosers:
         flat = sum(not numpy.ptp(chooser.rewards[row]) for row in varied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from warmerge.weights.foreign_json import text_of
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.remote.pushing import LICENSE_FIELDS, license_of
 from warmerge.weights.samples import read_sample
+
+# Characters of a card's front matter that are read: YAML takes 300 times their size.
+_FRONT_MATTER = 100_000
 
 
 def licence_of_members(manifest: Mapping[str, Any] | None, folder: Path) -> tuple[dict[str, str], str]:
@@ -35,7 +39,7 @@ def licence_of_members(manifest: Mapping[str, Any] | None, folder: Path) -> tupl
 
 
 def stated(readme: Path) -> dict[str, str]:
-    """The licence fields in a README.md's front matter; {} where there are none."""
+    """The licence fields in a README.md's front matter; {} where there are none, or it is too long."""
     import yaml
 
     try:
@@ -43,7 +47,7 @@ def stated(readme: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     parts = text.split("---\n", 2)
-    if parts[0].strip() or len(parts) < 3:
+    if parts[0].strip() or len(parts) < 3 or len(parts[1]) > _FRONT_MATTER:
         return {}
     try:
         front = yaml.safe_load(parts[1])
@@ -60,7 +64,8 @@ def _of_member(entry: Mapping[str, Any]) -> dict[str, str]:
         return license_of(entry["repo"], entry["revision"])
     # As it was typed, which may name another model from where we are now; a record that was published names none.
     folder = Path(entry.get("checkpoint", ""))
-    known = "checkpoint" in entry and folder.is_dir() and _is(folder, entry)
+    # os.path: a name that is too long for a folder is that of none.
+    known = "checkpoint" in entry and os.path.isdir(folder) and _is(folder, entry)
     return stated(folder / "README.md") if known else {}
 
 

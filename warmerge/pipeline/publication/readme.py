@@ -1,4 +1,4 @@
-"""README.md: the user's own, or the model card with its pictures and with lines that were run."""
+"""README.md: the user's own, or the model card with lines that were run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from warmerge.pipeline.publication.contents import CARD, CURVE_FIGURE, EVAL_FIGU
 from warmerge.pipeline.publication.example import fits_in_memory, run_example, texts_of
 from warmerge.pipeline.publication.measured import Measured
 from warmerge.report.card import CARD_MARK, CardFacts, model_card
-from warmerge.report.card.figures import curve_picture, eval_picture
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes
 
@@ -41,16 +40,6 @@ def refuse_for_own_card(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{CARD} is your own and is sent as it is: leave out {flag}, or delete it to get a card by us")
 
 
-def pictures(measured: Measured) -> dict[str, bytes]:
-    """The figures of the results, drawn anew: names of local folders do not stand in them."""
-    files: dict[str, bytes] = {}
-    if measured.evaluation is not None:
-        files[EVAL_FIGURE] = eval_picture(measured.evaluation, measured.evaluated_as, measured.member_names)
-    if measured.curve is not None:
-        files[CURVE_FIGURE] = curve_picture(measured.curve, measured.member_names)
-    return files
-
-
 def written_card(
     checkpoint: Checkpoint, manifest: Mapping[str, Any] | None, facts: CardFacts, measured: Measured, run_lines: bool
 ) -> tuple[str, list[Finding]]:
@@ -60,11 +49,11 @@ def written_card(
         RefusedError: the lines do not work, or do not agree with warmerge's own reward.
     """
     assert isinstance(checkpoint.folder, LocalFolder)
-    drawn = {"eval": (measured.evaluation, EVAL_FIGURE), "curve": (measured.curve, CURVE_FIGURE)}
+    drawn = {"eval": EVAL_FIGURE, "curve": CURVE_FIGURE}
     facts = replace(
         facts, evaluation=measured.evaluation, evaluated_as=measured.evaluated_as, curve=measured.curve,
         member_names=measured.member_names,
-        figures={kind: name for kind, (content, name) in drawn.items() if content is not None},
+        figures={kind: name for kind, name in drawn.items() if name in measured.pictures},
     )  # fmt: skip
     why = _why_not_loaded(checkpoint, facts)
     if why:

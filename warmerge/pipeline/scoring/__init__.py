@@ -5,19 +5,18 @@ Both ways give the same rewards to the bit, at equal threads: windows of texts a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from warmerge.errors import UsageError
 from warmerge.pipeline.engine import check_engine
-from warmerge.pipeline.scoring.asked import Asked, Found, cuts_of
+from warmerge.pipeline.scoring.asked import Asked, Found, cuts_of, doubts_of_mixing
 from warmerge.pipeline.scoring.here import score_here
-from warmerge.pipeline.scoring.units import score_in_units
+from warmerge.pipeline.scoring.units import remove_units, score_in_units
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.scoring import Tokens
 
-__all__ = ["Asked", "Found", "check_scoring", "cuts_of", "remove_units", "score_all", "unit_folder"]
+__all__ = ["Asked", "Found", "check_scoring", "cuts_of", "doubts_of_mixing", "remove_units", "score_all", "unit_folder"]
 
 
 def score_all(
@@ -42,7 +41,9 @@ def score_all(
     Raises:
         UsageError, RefusedError, WarmergeError: as `load_reward_model`, `fill` and `scoring.score`; of units all that
             failed, with the model's name.
-        RefusedError: parts of one model were computed in different dtypes or on different kinds of devices.
+        RefusedError: parts of one model were computed in different dtypes or on different kinds of devices; a model's
+            weights changed before its units had ended.
+        WarmergeError: another command removed finished units.
         Interrupted: units were stopped; what is finished is kept.
     """
     check_scoring(engine, measuring, store)
@@ -75,9 +76,3 @@ def unit_folder(results: Path) -> Path:
     'out/.eval.json.units'
     """
     return results.with_name(f".{results.name}.units")
-
-
-def remove_units(store: Path) -> None:
-    """Removes units whose results are written. What cannot be removed, as a network's file system may have it, is left:
-    it is not used for anything else."""
-    shutil.rmtree(store, ignore_errors=True)

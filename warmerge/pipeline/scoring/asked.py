@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy
 
-from warmerge.errors import Finding
+from warmerge.errors import Finding, plain
 from warmerge.pipeline.scoring.judge import Judge
 from warmerge.rewards.bench import most_cut
 from warmerge.rewards.model import RewardModel
@@ -55,6 +55,16 @@ class Found:
 def computed_in(model: RewardModel) -> str:
     """The dtype of a model's body and the kind of device it is on, as in "float32 on cpu"."""
     return f"{str(model.module.dtype).removeprefix('torch.')} on {model.device.type}"
+
+
+def doubts_of_mixing(computed: Iterable[tuple[str, str]]) -> list[Finding]:
+    """A reason for doubt where models that are compared, each by its name, were not computed in one dtype and on one
+    kind of device."""
+    ways = list(computed)
+    if len({way for _, way in ways}) < 2:
+        return []
+    which = "; ".join(f"{plain(name)}: {way}" for name, way in ways)
+    return [Finding("rewards", f"were computed in different precisions ({which}); give --dtype and --device")]
 
 
 def rule_of(renderer: Renderer) -> str:

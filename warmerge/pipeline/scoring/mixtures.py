@@ -164,6 +164,8 @@ def digests_of_small_files(checkpoint: Checkpoint) -> dict[str, str]:
     """Digests of what turns texts into tokens and weights into a model: config, tokenizer, template, code."""
     names = (*small_files.OTHER_FILES, *small_files.TOKENIZER_FILES)
     files = {name: small_files.small_file(checkpoint, name) for name in names} | small_files.code_files(checkpoint)
+    # An adapter's tokenizer may lie beside it, and the code of its model beside the base.
+    files |= {f"tokenizer's {name}": data for name, data in small_files.tokenizer_code(checkpoint).items()}
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None}
 
 

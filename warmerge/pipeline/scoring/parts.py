@@ -110,6 +110,15 @@ def read_part(folder: Path) -> Part:
         raise RefusedError([Finding(str(folder / UNIT), what)]) from None
 
 
+def windows_of_unit(folder: Path) -> set[str]:
+    """The digests of the windows that a unit is to score or has scored; of those alone where its file is damaged."""
+    try:
+        asked = {window.digest for window in read_part(folder).windows}
+    except RefusedError:
+        asked = set()
+    return asked | {path.stem for path in folder.glob("*.safetensors")}
+
+
 def write_scored(folder: Path, key: str, window: Window, scored: Scored) -> None:
     """Keeps the rewards of a window; the file appears whole or not at all."""
     facts = {name: value for name, value in vars(scored).items() if name not in ("rewards", "doubts")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from warmerge.errors import Interrupted, UsageError, plain
 from warmerge.pipeline.scoring import Asked, Found, remove_units, score_all, unit_folder
 from warmerge.pipeline.scoring.judge import Judge
 from warmerge.pipeline.scoring.kept import read_kept, write_kept
+from warmerge.report.results import only_writer
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.scoring import Tokens
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     Array = NDArray[numpy.float64]
 
 SCORES = "scores.safetensors"
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class ScoreBook:
         except KeyboardInterrupt:
             raise Interrupted(self._stopped()) from None
         if units is not None:
-            remove_units(units)
+            remove_units([Asked(judge, (self.texts,)) for judge in judges], self.measuring, units)
 
     def _scores(self, found: Found) -> Scores:
         doubts = tuple((doubt.where, doubt.what) for doubt in found.doubts)
@@ -114,11 +117,20 @@ class ScoreBook:
         return judge.key(self.measuring.loading, self.fingerprint)
 
     def _save(self) -> None:
+        """Writes what is known, and what another command kept there since the book was opened."""
         if self.store is None:
             return
+        path = self.store / SCORES
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(path):
+            with contextlib.suppress(FileNotFoundError, *_DAMAGED):  # of which `open_book` has told
+                self.kept = {**_read(path), **self.kept}
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
         facts = {key: {k: v for k, v in vars(found).items() if k != "rewards"} for key, found in self.kept.items()}
         rewards = {key: found.rewards for key, found in self.kept.items()}
-        write_kept(self.store / SCORES, rewards, {"facts": json.dumps(facts)})
+        write_kept(path, rewards, {"facts": json.dumps(facts)})
 
     def _stopped(self) -> str:
         if self.store is None or not self.kept:
@@ -152,13 +164,19 @@ def open_book(
     path = None if store is None else store / SCORES
     if path is not None and path.exists():
         try:
-            rewards, metadata = read_kept(path)
-            for key, facts in json.loads(metadata["facts"]).items():
-                doubts = tuple((where, what) for where, what in facts.pop("doubts"))
-                kept[key] = Scores(rewards[key], doubts=doubts, **facts)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            kept = _read(path)
+        except _DAMAGED as error:
             if not overwrite:
                 what = f"{plain(str(path))} is damaged ({error}); add --overwrite to start anew"
                 raise UsageError(what) from None
-            kept = {}
     return ScoreBook(texts, fingerprint, measuring, store, kept, engine=engine, address=address)
+
+
+def _read(path: Path) -> dict[str, Scores]:
+    """What was kept in a file, by the keys of judges. Raises one of _DAMAGED where it is no such file."""
+    rewards, metadata = read_kept(path)
+    kept = {}
+    for key, facts in json.loads(metadata["facts"]).items():
+        doubts = tuple((where, what) for where, what in facts.pop("doubts"))
+        kept[key] = Scores(rewards[key], doubts=doubts, **facts)
+    return kept

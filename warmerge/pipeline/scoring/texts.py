@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +40,25 @@ def write_windows(folder: Path, texts: Texts) -> list[Window]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for window in windows(len(texts)):
-        data = "".join(_line(texts[i], i) for i in window).encode()
-        found.append(Window(hashlib.sha256(data).hexdigest(), len(window), window.start))
-        path = _path(folder, found[-1])
+    for window, data in _cut(texts):
+        found.append(window)
+        path = _path(folder, window.digest)
         if not path.exists():
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
             partial.write_bytes(data)
             os.replace(partial, path)
     return found
+
+
+def windows_of(texts: Texts) -> list[Window]:
+    """The windows of a list of texts. Raises as `write_windows`."""
+    return [window for window, _ in _cut(texts)]
+
+
+def remove_windows(folder: Path, digests: Iterable[str]) -> None:
+    """Removes the files of windows that nobody is to score any more."""
+    for digest in digests:
+        _path(folder, digest).unlink(missing_ok=True)
 
 
 def read_window(folder: Path, window: Window) -> list[tuple[Text, Text]]:
@@ -56,19 +67,26 @@ def read_window(folder: Path, window: Window) -> list[tuple[Text, Text]]:
     Raises:
         RefusedError: the file holds something else, or is not there.
     """
-    path = _path(folder, window)
+    path = _path(folder, window.digest)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        data = b""
+        what = "is not there: another command removed it, or this machine does not share the folder"
+        raise RefusedError([Finding(str(path), f"{what}; give the same command again")]) from None
     if hashlib.sha256(data).hexdigest() != window.digest:
         raise RefusedError([Finding(str(path), "does not hold the texts that it is named after; delete it")])
     rows = (json.loads(line) for line in data.splitlines())
     return [(_text(prompt), _text(answer)) for prompt, answer in rows]
 
 
-def _path(folder: Path, window: Window) -> Path:
-    return folder / f"{window.digest}.jsonl"
+def _cut(texts: Texts) -> Iterator[tuple[Window, bytes]]:
+    for window in windows(len(texts)):
+        data = "".join(_line(texts[i], i) for i in window).encode()
+        yield Window(hashlib.sha256(data).hexdigest(), len(window), window.start), data
+
+
+def _path(folder: Path, digest: str) -> Path:
+    return folder / f"{digest}.jsonl"
 
 
 def _line(text: tuple[Text, Text], number: int) -> str:

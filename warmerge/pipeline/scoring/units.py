@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,12 +19,24 @@ from warmerge.pipeline.scoring.asked import Asked, Found
 from warmerge.pipeline.scoring.child import run_part
 from warmerge.pipeline.scoring.judge import Judge, adapter_digest
 from warmerge.pipeline.scoring.mixtures import digests_of_small_files
-from warmerge.pipeline.scoring.parts import TEXTS, Merge, Part, Scored, Source, find_scored, finished, write_part
-from warmerge.pipeline.scoring.texts import Window, write_windows
+from warmerge.pipeline.scoring.parts import (
+    TEXTS,
+    UNIT,
+    Merge,
+    Part,
+    Scored,
+    Source,
+    find_scored,
+    finished,
+    windows_of_unit,
+    write_part,
+)
+from warmerge.pipeline.scoring.texts import Window, remove_windows, windows_of, write_windows
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.model import choose_dtype
 from warmerge.version import versions
 from warmerge.weights.checkpoint import Checkpoint
+from warmerge.weights.stream import refuse_changed
 
 # Texts of a unit: so many that loading a model is a small part of it, so few that little waits for the last one.
 _LEAST, _MOST = 2048, 32768
@@ -49,15 +62,36 @@ def score_in_units(asked: Sequence[Asked], measuring: Measuring, engine: str, ad
         for window in (window for texts in one.lists for window in lists[id(texts)]):
             once.setdefault(window.digest, window)
         parts[key] = replace(known, windows=tuple(once.values()))
-    done = _scored(parts, measuring, engine, address, store)
+    judges = dict(zip(keys, (one.judge for one in asked), strict=True))
+    done = _scored(parts, judges, measuring, engine, address, store)
     return [
         _found([[done[key][window.digest] for window in lists[id(texts)]] for texts in one.lists])
         for key, one in zip(keys, asked, strict=True)
     ]
 
 
+def remove_units(asked: Sequence[Asked], measuring: Measuring, store: Path) -> None:
+    """Removes what units found of this, after its results were written. Other questions may have been stopped in the
+    same store: their finished parts, and the texts that these are of, are left. So is what cannot be removed, as a
+    network's file system may have it: it is not used for anything else."""
+    if not store.is_dir():
+        return
+    # What a model's folder or a text holds by now may not be readable: its parts are left too.
+    with contextlib.suppress(RefusedError, OSError):
+        keys = {one.judge.key(measuring.loading) for one in asked}
+        lists = {id(texts): texts for one in asked for texts in one.lists}
+        own = {window.digest for texts in lists.values() for window in windows_of(texts)}
+        for folder in (path.parent for key in keys for path in (store / key).glob(f"*/{UNIT}")):
+            if windows_of_unit(folder) <= own:
+                shutil.rmtree(folder, ignore_errors=True)
+        left = [windows_of_unit(path.parent) for path in store.glob(f"*/*/{UNIT}")]
+        if not left:
+            shutil.rmtree(store, ignore_errors=True)
+        remove_windows(store / TEXTS, own.difference(*left))
+
+
 def _scored(
-    parts: Mapping[str, Part], measuring: Measuring, engine: str, address: str, store: Path
+    parts: Mapping[str, Part], judges: Mapping[str, Judge], measuring: Measuring, engine: str, address: str, store: Path
 ) -> dict[str, dict[str, Scored]]:
     """What is known of each window by each key, after all that was missing has been scored."""
     done = {key: find_scored(store, key, part.windows) for key, part in parts.items()}
@@ -67,15 +101,36 @@ def _scored(
     ]
     devices = ["cpu"] if measuring.loading.device == "cpu" else visible_devices() if engine == "local" else None
     units = _units(missing, store, _ON_RAY if engine == "ray" or devices is None else len(devices))
-    outcomes = run_units(
-        units, engine=engine, address=address, threads=measuring.threads, devices=devices,
-        while_waiting=_counted(missing, store, measuring),
-    )  # fmt: skip
-    _refuse_failed(outcomes)
+    try:
+        outcomes = run_units(
+            units, engine=engine, address=address, threads=measuring.threads, devices=devices,
+            while_waiting=_counted(missing, store, measuring),
+        )  # fmt: skip
+        _refuse_failed(outcomes)
+    finally:
+        changed = _removed_where_changed(judges, store)
+    if changed:
+        raise RefusedError(changed)
     for part in missing:
         done[part.key] |= find_scored(store, part.key, part.windows)
+        if any(window.digest not in done[part.key] for window in part.windows):
+            what = f"parts of {plain(part.label)} that were finished are no longer in {plain(str(store))}"
+            raise WarmergeError(f"{what}: another command removed them; give this one again when that one has ended")
         _refuse_mixed(part.label, done[part.key].values())
     return done
+
+
+def _removed_where_changed(judges: Mapping[str, Judge], store: Path) -> list[Finding]:
+    """Which files of the models changed since these were opened here. A unit compares samples of the weights, so it may
+    have scored others under the first ones' key: all that is kept of such a model is removed."""
+    findings: list[Finding] = []
+    for key, judge in judges.items():
+        try:
+            refuse_changed([*judge.inputs, *(() if judge.into is None else judge.into.inputs)])
+        except RefusedError as error:
+            shutil.rmtree(store / key, ignore_errors=True)
+            findings += error.findings
+    return findings
 
 
 def _part(key: str, judge: Judge, measuring: Measuring) -> Part:
@@ -102,8 +157,8 @@ def _source(opened: Checkpoint, spec: Spec, fingerprint: str) -> Source:
 
 
 def _everywhere(spec: Spec) -> str:
-    """A path as every machine has it; what lies on the Hub by its name."""
-    return os.path.abspath(spec) if os.path.exists(spec) else str(spec)
+    """A path as every machine has it; what lies on the Hub by its name. `..` stays: after a link it leads elsewhere."""
+    return str(Path(spec).absolute()) if Path(spec).exists() else str(spec)
 
 
 def _units(missing: Sequence[Part], store: Path, slots: int) -> list[Unit]:

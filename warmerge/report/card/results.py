@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from warmerge.errors import UsageError, some
-from warmerge.report.card.text import clean, escaped, left_out, table, without_paths
+from warmerge.report.card.text import MOST_NAMES, clean, escaped, left_out, table, without_paths
 from warmerge.report.rows import Row, accuracy, ends, interval, number, sizes, text
 
 THIS = "this model"
@@ -66,7 +66,7 @@ def read_results(evaluation: Mapping[str, Any], this: str, member_names: Mapping
             what, best = text(row, "b"), _BEST.fullmatch(text(row, "b"))
             whose = models.get(best[1], "a member") if best else ""
             differences[text(row, "set"), "best member" if best else what] = (row, whose)
-    notes = [_public_note(str(note), models) for note in evaluation.get("notes") or []]
+    notes = _public_notes([str(note) for note in evaluation.get("notes") or []], models)
     kept = tuple(note for note in notes if note is not None)
     intervals = str(evaluation.get("intervals") or "95 %")
     return Results(this, rows, differences, public_sets(rows), models, intervals, kept, len(notes) - len(kept))
@@ -92,41 +92,51 @@ def _public_models(rows: Mapping[tuple[str, str], Row], this: str, member_names:
 
 def public_sets(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The last part of each set's name, still distinct."""
-    found: dict[str, str] = {}
-    for name in dict.fromkeys(name for name, _ in rows):
-        found[name] = _other_than(found.values(), re.split(r"[/\\]", name)[-1].strip() or "pairs")
-    return found
+    names = list(dict.fromkeys(name for name, _ in rows))
+    lasts = [re.split(r"[/\\]", name)[-1].strip() or "pairs" for name in names]
+    return dict(zip(names, _distinct(lasts), strict=True))
 
 
-def _other_than(taken: Collection[str], name: str) -> str:
-    """`name`, or the first of name-2, name-3, ... that is not taken."""
-    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
-    return next(candidate for candidate in (name, *numbered) if candidate not in taken)
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Each name, or the first of name-2, name-3, ... that none before it has."""
+    found: dict[str, None] = {}
+    reached: dict[str, int] = {}
+    for name in names:
+        number, chosen = reached.get(name, 1), name
+        while chosen in found:
+            number += 1
+            chosen = f"{name}-{number}"
+        reached[name], found[chosen] = number, None
+    return list(found)
 
 
-def _public_note(note: str, models: Mapping[str, str]) -> str | None:
-    """A note of `eval` with public names where it names models: "X gives every text ...", "(std X 0.93, Y 1.6)"."""
+def _public_notes(notes: Sequence[str], models: Mapping[str, str]) -> list[str | None]:
+    """Notes of `eval` with public names where they name models: "X gives every text ...", "(std X 0.93, Y 1.6)".
+
+    None for each that may name a local file; where there are more names than are looked for, for all.
+    """
+    if len(models) > MOST_NAMES:
+        return [None] * len(notes)
     names = "|".join(re.escape(name) for name in sorted(models, key=len, reverse=True))
-    places = rf"(?<=: )({names})(?= gives every text)|(?:(?<=\(std )|(?<=, ))({names})(?= [-+.\dea-z]+[,)])"
-    return without_paths(re.sub(places, lambda found: models[found[1] or found[2]], note))
+    places = re.compile(rf"(?<=: )({names})(?= gives every text)|(?:(?<=\(std )|(?<=, ))({names})(?= [-+.\dea-z]+[,)])")
+    return [without_paths(places.sub(lambda found: models[found[1] or found[2]], note)) for note in notes]
 
 
 def index_results(results: Results) -> list[dict[str, Any]]:
     """The results of this model for a card's `model-index`, one for each set that it was not trained on."""
+    own = {name: results.rows.get((name, results.this), {}) for name in _held_out(results)}
+    sets = [name for name, row in own.items() if not math.isnan(accuracy(row, "accuracy"))]
+    slugs = [re.sub(r"[^a-z0-9._-]+", "-", results.sets[name].lower()).strip("-._") or "pairs" for name in sets]
     found: list[dict[str, Any]] = []
-    for name, public in results.sets.items():
-        row = results.rows.get((name, results.this), {})
-        if _TRAINED_ON.fullmatch(name) or math.isnan(accuracy(row, "accuracy")):
-            continue
-        slug = re.sub(r"[^a-z0-9._-]+", "-", public.lower()).strip("-._") or "pairs"
-        kind = _other_than([other["dataset"]["type"] for other in found], slug)
+    for name, kind in zip(sets, _distinct(slugs), strict=True):
+        row = own[name]
         low, high = interval(row)
         spread = "" if math.isnan(low) else f"; 95 % interval {low:.3f} to {high:.3f}"
         metric = f"accuracy ({sizes([row])}{spread})"
         found.append(
             {
                 "task": {"type": "text-classification", "name": "Pairwise preference accuracy"},
-                "dataset": {"name": clean(public), "type": kind},
+                "dataset": {"name": clean(results.sets[name]), "type": kind},
                 "metrics": [{"type": "accuracy", "value": round(accuracy(row, "accuracy"), 4), "name": metric}],
             }
         )

@@ -12,6 +12,9 @@ _MARKS = str.maketrans(
     {mark: f"\\{mark}" for mark in "\\*_[]~$!#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;"}
 )
 
+# Names that are looked for in warnings and notes; a sweep has some hundreds.
+MOST_NAMES = 1000
+
 
 def clean(name: object) -> str:
     r"""`name` on one line of printable characters, the others as escapes.
@@ -59,9 +62,19 @@ def inputs_of(manifest: Mapping[str, Any] | None, role: str) -> list[Mapping[str
 
 
 def public_warnings(manifest: Mapping[str, Any] | None) -> list[str | None]:
-    """What a merge warned of, under public names; None for each one in which a path or a private name would remain."""
-    names = _labels(manifest)
-    return [_with_public_names(str(sentence), names) for sentence in (manifest or {}).get("warnings") or []]
+    """What a merge warned of, under public names; None for each one in which a path or a private name would remain, and
+    for all where there are more names than are looked for."""
+    names, sentences = _labels(manifest), (manifest or {}).get("warnings") or []
+    if len(names) > MOST_NAMES:
+        return [None] * len(sentences)
+    spellings = {word: public for name, public in names.items() for word in (name, plain(name), quoted(name))}
+    lasts = (re.split(r"[/\\]", name)[-1] for name in names)
+    private = [word for word in (*spellings, *lasts) if len(word) > 3 and not word.isdecimal()]
+    # Only where findings name checkpoints: a folder may be called "1", and numbers are to stay.
+    before, after = r"(?:^|(?<=with )|(?<=from )|(?<=than )|(?<=, ))", r"(?=: |'s|, | has | by |;|$)"
+    named = re.compile(rf"{before}({_any_of(spellings)})(?:/([\w.-]+))?{after}")
+    hidden = re.compile(rf"(?<![\w-])(?:{_any_of(private)})(?![\w-])")
+    return [_with_public_names(str(sentence), spellings, named, hidden) for sentence in sentences]
 
 
 def _labels(manifest: Mapping[str, Any] | None) -> dict[str, str]:
@@ -76,19 +89,16 @@ def _labels(manifest: Mapping[str, Any] | None) -> dict[str, str]:
     return names
 
 
-def _with_public_names(sentence: str, names: Mapping[str, str]) -> str | None:
+def _any_of(words: Iterable[str]) -> str:
+    """A pattern that is any of the words, the longest first; of no words one that is nowhere."""
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
+
+
+def _with_public_names(
+    sentence: str, spellings: Mapping[str, str], named: re.Pattern[str], hidden: re.Pattern[str]
+) -> str | None:
     """A warning with public names where it names checkpoints; None where a path or a private name would remain."""
-    spellings = {word: public for name, public in names.items() for word in (name, plain(name), quoted(name))}
-    longest = sorted(spellings, key=len, reverse=True)
-    rest = sentence
-    if longest:
-        # Only where findings name checkpoints: a folder may be called "1", and numbers are to stay.
-        before, after = r"(?:^|(?<=with )|(?<=from )|(?<=than )|(?<=, ))", r"(?=: |'s|, | has | by |;|$)"
-        pattern = rf"{before}({'|'.join(map(re.escape, longest))})(?:/([\w.-]+))?{after}"
-        rest = re.sub(pattern, "", sentence)
-        sentence = re.sub(pattern, lambda at: spellings[at[1]] + (f"'s {at[2]}" if at[2] else ""), sentence)
-    lasts = (re.split(r"[/\\]", name)[-1] for name in names)
-    private = [word for word in (*longest, *lasts) if len(word) > 3 and not word.isdecimal()]
-    if any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", rest) for word in private):
+    rest = named.sub("", sentence)
+    if hidden.search(rest) or without_paths(rest) is None:
         return None
-    return None if without_paths(rest) is None else sentence
+    return named.sub(lambda at: spellings[at[1]] + (f"'s {at[2]}" if at[2] else ""), sentence)

@@ -17,9 +17,10 @@ from warmerge.report.page.cells import Cell, Table, rows_table
 from warmerge.report.page.claims import in_short
 from warmerge.report.page.markup import badge, shown
 from warmerge.report.page.style import SCRIPT, STYLE
-from warmerge.report.page.svg import inline_figures, too_many
+from warmerge.report.page.svg import inline_figures
 from warmerge.report.page.tables import tables_of
 from warmerge.report.page.words import about, facts, notes_of, words_of
+from warmerge.report.rows import too_many
 
 # Rows of a result that are shown in full; the others are in its CSV file.
 SHOWN_ROWS = 200
@@ -233,11 +234,13 @@ def _all_rows(result: Result, anchor: str) -> str:
     rows = result.content.get("rows") or []
     few = len(rows) > SHOWN_ROWS
     where = f" All of them are in {shown(result.table)}." if result.table else ""
+    table = rows_table("", rows, SHOWN_ROWS)
     said = f"The first {SHOWN_ROWS} of {len(rows):,} rows.{where}" if few else f"As in the file.{where}"
+    said += f" {table.below}" if table.below else ""
     heading = f"{SHOWN_ROWS} of {counted(len(rows), 'row')}" if few else f"All {counted(len(rows), 'row')}"
     return (
         f'<details class="rows"><summary id="{anchor}">{heading} <small>in full</small></summary>'
-        f'<div class="inside"><p class="below">{said}</p>{_scrolled(rows_table("", rows, SHOWN_ROWS), anchor)}'
+        f'<div class="inside"><p class="below">{said}</p>{_scrolled(table, anchor)}'
         "</div></details>"
     )
 

@@ -14,6 +14,8 @@ _KINDS = {
     "halfway": "half-way to the start", "start": "start", "baseline": "baseline", "rm": "one model",
     "warm": "average of weights", "function": "function",
 }  # fmt: skip
+# No command writes rows of more columns than these.
+_MOST_COLUMNS = 100
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class Table:
 
 
 def rows_table(title: str, rows: Sequence[Row], most: int) -> Table:
-    """The first rows with all their columns, as they stand in the file."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = tuple(tuple(raw(row.get(key)) for key in columns) for row in rows[:most])
-    return Table(title, tuple((str(key), "") for key in columns), cells)
+    """The first rows with all their columns, as they stand in the file; of very many columns the first."""
+    every, empty = dict.fromkeys(key for row in rows for key in row), raw(None)
+    columns = list(every)[:_MOST_COLUMNS]
+    cells = tuple(tuple(raw(row[key]) if key in row else empty for key in columns) for row in rows[:most])
+    more = f"{len(every) - len(columns):,} more columns are in the file." if len(every) > len(columns) else ""
+    return Table(title, tuple((str(key), "") for key in columns), cells, below=more)
 
 
 def set_column(name: str, rows: Iterable[Row]) -> tuple[str, str]:

@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+# Parts of paths that are tried, one more each time, before the whole paths are taken.
+_PARTS = 30
+
 # An absolute path within words: not an address (http://...), not a fraction or "and/or", up to a colon or bracket.
 _ABSOLUTE = re.compile(r"(?<![\w./~…])/(?![/\s])(?:[^\s/\"'<>|,;()\[\]{}=]+/)*[^\s/\"'<>|,;:()\[\]{}=]*")
 
@@ -14,7 +17,7 @@ def without_places(content: Any, roots: Mapping[str, str]) -> Any:
     """The same JSON value in which no text names a place on a machine.
 
     What lies below a folder of `roots` is named from there, after the root's own name if that is not empty. Of other
-    absolute paths the last parts are kept: as few as keep different paths different.
+    absolute paths the last parts are kept: as few as keep different paths different, 30 or all.
 
     >>> without_places({"a": "/data/me/runs/1", "b": ["see /x/gold.py:gold"]}, {"/data/me": ""})
     {'a': 'runs/1', 'b': ['see …/gold.py:gold']}
@@ -26,7 +29,8 @@ def without_places(content: Any, roots: Mapping[str, str]) -> Any:
     paths = sorted({found for words in _texts(content) for found in _ABSOLUTE.findall(words)})
     parts = {path: path.strip("/").split("/") for path in paths}
     short: dict[str, str] = {}
-    for kept in range(1, max(map(len, parts.values()), default=0) + 1):
+    longest = max(map(len, parts.values()), default=0)
+    for kept in (*range(1, min(longest, _PARTS) + 1), longest):
         short = {path: "…/" + "/".join(names[-kept:]) for path, names in parts.items()}
         if len(set(short.values())) == len({tuple(names) for names in parts.values()}):
             break

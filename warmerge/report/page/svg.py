@@ -10,9 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
-from warmerge.errors import counted
 from warmerge.report import canvas
-from warmerge.report.results import EVAL, WINRATE, draw
+from warmerge.report.results import draw
 
 _KEPT = {"svg", "g", "defs", "path", "use", "rect", "clipPath", "image", "linearGradient", "stop"}
 _DROPPED = {"metadata", "style"}  # the style is in the page's own; metadata names addresses on the network
@@ -21,11 +20,6 @@ _COORDINATES = ("d", "x", "y", "width", "height", "points")
 _PIXELS = 4 / 3  # CSS pixels in a point
 # As large as that letters of 8 points are read with ease.
 _SCALE = 1.15
-# More than these are no picture any more, and take minutes to draw. Sets, paths and scenarios have a panel each.
-_MOST = {"set": 50, "path": 50, "scenario": 50, "model": 200, "policy": 200, "proxy": 200, "member": 200, "group": 200}
-_MOST_ROWS = 100_000
-# Of kinds that draw each row by itself.
-_MOST_MARKS = {EVAL: 1_000, WINRATE: 200}
 
 
 def inline_figures(kind: str, content: Mapping[str, Any], prefix: str, labels: Sequence[str]) -> list[tuple[str, str]]:
@@ -45,20 +39,6 @@ def inline_figures(kind: str, content: Mapping[str, Any], prefix: str, labels: S
         label = labels[min(i, len(labels)) - 1]
         found.append((inline_svg(source, f"{prefix}-f{i}", label), label))
     return found
-
-
-def too_many(kind: str, content: Mapping[str, Any]) -> str:
-    """What a result has more of than can be read in a picture, with its number; "" if it has not.
-
-    >>> too_many("eval", {"rows": [{"model": f"{i}", "set": "val"} for i in range(201)]})
-    '201 models'
-    """
-    rows = content.get("rows") or []
-    for key, most in _MOST.items():
-        found = len({str(row.get(key)) for row in rows})
-        if found > most:
-            return counted(found, key) if key != "policy" else f"{found:,} policies"
-    return counted(len(rows), "row") if len(rows) > _MOST_MARKS.get(kind, _MOST_ROWS) else ""
 
 
 def inline_svg(source: str, prefix: str, label: str) -> str:

@@ -59,7 +59,7 @@ def ask(
     while True:
         try:
             return request()
-        except (http_error, OSError, ValueError, KeyError, RuntimeError) as error:
+        except (http_error, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             # These two only say where it happened; an upload's error comes as a plain RuntimeError.
             wrapped = isinstance(error, LocalEntryNotFoundError) or type(error) is RuntimeError
             found = error.__cause__ if wrapped and error.__cause__ else error

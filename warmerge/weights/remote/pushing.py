@@ -131,6 +131,9 @@ def look(repo: str, revision: str | None, private: bool | None) -> Target:
         where = f"{_api().endpoint}/{repo}/settings"
         raise UsageError(f"{repo} exists and is {is_}; make it {wanted} at {where}, or leave out --{wanted}")
     digests = {f.rfilename: str(f.lfs.sha256 if f.lfs else f.blob_id) for f in found.siblings or []}
+    if not isinstance(found.sha, str | None) or not all(isinstance(name, str) for name in digests):
+        what = "does not tell the commit and the files' names as the Hub does; check HF_ENDPOINT and the proxy"
+        raise RemoteError(f"{repo}: {_api().endpoint} {what}")
     return Target(repo, revision, True, bool(found.private), found.sha, digests, missing)
 
 

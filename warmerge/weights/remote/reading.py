@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from warmerge.errors import RemoteError, UsageError, plain, some
-from warmerge.weights.folder import Folder, LocalFolder, open_folder
+from warmerge.errors import RefusedError, RemoteError, UsageError, plain, some
+from warmerge.weights.folder import Folder, LocalFolder, hidden_templates, open_folder
 from warmerge.weights.remote.asking import ATTEMPTS, Place, ask
 from warmerge.weights.remote.ranges import PATIENCE, fill, is_small
 
@@ -182,6 +182,7 @@ def open_hub(label: str, *, streamed: bool = False) -> Folder:
     Raises:
         UsageError: `label` cannot be a Hub id, or there is no such model.
         RemoteError: the Hub cannot be reached, or does not let us read it.
+        RefusedError: transformers would apply a chat template of a sub-folder.
     """
     repo, asked = parse_hub_id(label)
     from huggingface_hub import HfApi, constants
@@ -192,11 +193,16 @@ def open_hub(label: str, *, streamed: bool = False) -> Folder:
     api = HfApi(endpoint=constants.ENDPOINT, library_name="warmerge")
     place = Place(label, repo, asked)
     info = ask(lambda: api.model_info(repo, revision=asked, files_metadata=True, timeout=timeout), place)
-    sizes = {f.rfilename: f.lfs.size if f.lfs else f.size for f in info.siblings or [] if "/" not in f.rfilename}
-    known = {name: size for name, size in sizes.items() if size is not None}
-    if not _COMMIT.fullmatch(info.sha or "") or len(known) < len(sizes):
-        raise RemoteError(f"{constants.ENDPOINT} does not tell the commit and the files' sizes; check HF_ENDPOINT")
-    return HubFolder(label, repo, info.sha or "", known, asked, streamed)
+    files = [(f.rfilename, f.lfs.size if f.lfs else f.size) for f in info.siblings or []]
+    sizes = {name: size for name, size in files if isinstance(name, str) and "/" not in name}
+    told = isinstance(info.sha, str) and _COMMIT.fullmatch(info.sha) and all(isinstance(name, str) for name, _ in files)
+    known = {name: size for name, size in sizes.items() if type(size) is int and size >= 0}
+    if not told or len(known) < len(sizes):
+        what = "does not tell the commit, the files' names and their sizes as the Hub does"
+        raise RemoteError(f"{plain(label)}: {constants.ENDPOINT} {what}; check HF_ENDPOINT and the proxy")
+    if hidden := hidden_templates(label, (name for name, _ in files)):
+        raise RefusedError(hidden)
+    return HubFolder(label, repo, str(info.sha), known, asked, streamed)
 
 
 def download(folder: Folder, files: list[str]) -> Folder:

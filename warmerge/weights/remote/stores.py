@@ -144,6 +144,10 @@ def open_store(url: str) -> StoreFolder:
     if unknown := [name for name, state in states.items() if not state.version]:
         what = f"{scheme}:// does not tell when {plain(unknown[0])} was changed; copy the folder here and merge it"
         raise RemoteError(f"{plain(label)}: {what}")
+    if wrong := [name for name, state in states.items() if type(state.size) is not int or state.size < 0]:
+        told = states[wrong[0]].size
+        what = f"{scheme}:// tells {told!r} as its size, expected a number of bytes; copy the folder here"
+        raise RemoteError(f"{plain(label)}/{plain(wrong[0])}: {what}")
     digest = hashlib.sha256(repr(sorted(states.items())).encode(errors="surrogatepass")).hexdigest()
     return StoreFolder(label, f"{label}@{digest[:40]}", states, system, path)
 
@@ -174,7 +178,7 @@ def _listed(system: Any, path: str) -> dict[str, ObjectState]:
     system.invalidate_cache()
     return {
         entry["name"][len(path) + 1 :]: ObjectState(
-            entry["size"], tuple(f"{key} {entry[key]}" for key in _VERSION if entry.get(key))
+            entry.get("size"), tuple(f"{key} {entry[key]}" for key in _VERSION if entry.get(key))
         )
         for entry in system.ls(path, detail=True)
         if entry["type"] == "file" and entry["name"].rstrip("/") != path and "/" not in entry["name"][len(path) + 1 :]
