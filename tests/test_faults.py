@@ -25,7 +25,8 @@ from warmerge.errors import RefusedError, WarmergeError, naming
 from warmerge.report import canvas, results
 from warmerge.report.results import EVAL, write_results
 from warmerge.rewards.bench import Measuring
-from warmerge.rewards.model import load_reward_model, transformers_config
+from warmerge.rewards.config import transformers_config
+from warmerge.rewards.model import load_reward_model
 from warmerge.training.language_model import load_language_model
 from warmerge.training.trl_checkpoints import checkpoints_in, finish_checkpoint, last_checkpoint
 from warmerge.weights.folder import open_folder, read_bytes

@@ -20,9 +20,10 @@ from warmerge.pipeline.found.rl_runs import read_runs
 from warmerge.pipeline.publication.licence import stated
 from warmerge.pipeline.report import write_report
 from warmerge.report.results import redraw
-from warmerge.rewards import pairs
-from warmerge.rewards.pairs import read_preferences, read_rows
+from warmerge.rewards import rows
+from warmerge.rewards.pairs import read_preferences
 from warmerge.rewards.pools import read_pool
+from warmerge.rewards.rows import read_rows
 from warmerge.training.seen import seen_in_training
 from warmerge.weights.output import made_of
 
@@ -95,7 +96,7 @@ def test_a_table_of_long_texts_does_not_unpack(tmp_path: Path, monkeypatch: pyte
         arrow.table(columns), tmp_path / "p.parquet", compression="zstd", use_dictionary=False, write_statistics=False
     )
     del columns
-    monkeypatch.setattr(pairs, "_UNPACKED", 1_000_000)
+    monkeypatch.setattr(rows, "_UNPACKED", 1_000_000)
     before = arrow.default_memory_pool()
     watched = arrow.proxy_memory_pool(before)
     arrow.set_memory_pool(watched)
@@ -114,15 +115,15 @@ def test_more_values_than_rows_may_have_are_not_made(
     """10 GB of them, or 100 MB packed, are 200 GB of empty objects."""
     values = "[" + "{}," * 200_000 + "{}]"
     (tmp_path / name).write_text(values if name == "p.json" else f'{{"x":{values}}}\n')
-    monkeypatch.setattr(pairs, "_MOST_ROWS", 1000)
+    monkeypatch.setattr(rows, "_MOST_ROWS", 1000)
     assert peak(lambda: read_rows(str(tmp_path / name))) < 10 * len(values)
 
 
 def test_what_texts_are_packed_to_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "_UNPACKED", 1000)
+    monkeypatch.setattr(rows, "_UNPACKED", 1000)
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress((PAIR + b"\n") * 100))
     assert len(read_rows(str(tmp_path / "p.jsonl.gz"))) == 100
-    monkeypatch.setattr(pairs, "_PACKING", 2)
+    monkeypatch.setattr(rows, "_PACKING", 2)
     with pytest.raises(RefusedError, match="unpack to more, expected 1,000 bytes at most"):
         read_rows(str(tmp_path / "p.jsonl.gz"))
 
@@ -162,7 +163,7 @@ def test_a_table_is_read_as_a_whole(tmp_path: Path) -> None:
 def test_more_rows_than_fit_into_memory_are_refused(
     name: str, data: bytes, limit: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, limit, 10)
+    monkeypatch.setattr(rows, limit, 10)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(RefusedError) as refusal:
         read_preferences(str(tmp_path / name), skip_bad_rows=True)

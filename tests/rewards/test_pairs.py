@@ -19,15 +19,8 @@ from hypothesis import strategies as st
 
 from warmerge.errors import Finding, RefusedError, RemoteError, UsageError
 from warmerge.rewards.layouts import LAYOUTS
-from warmerge.rewards.pairs import (
-    Comparison,
-    PreferenceSet,
-    parse_named,
-    read_all,
-    read_preferences,
-    read_rows,
-    unique_texts,
-)
+from warmerge.rewards.pairs import Comparison, PreferenceSet, read_all, read_preferences, unique_texts
+from warmerge.rewards.rows import parse_named, read_rows
 
 Row = Mapping[str, Any]
 Writer = Callable[..., str]

@@ -27,7 +27,7 @@ from warmerge.rewards import metrics
 from warmerge.rewards.bench import Bench, Measuring, Subset, answer_lengths, open_bench, results_record
 from warmerge.rewards.corruption import memorised, read_corruption, split_by_corruption
 from warmerge.rewards.ensembles import ENSEMBLES, Scored, constant, ensemble_moved, with_ensembles
-from warmerge.rewards.pairs import parse_named
+from warmerge.rewards.rows import parse_named
 from warmerge.rewards.smoothness import Sample, movements, sample_changes
 from warmerge.weights.checkpoint import read_json
 from warmerge.weights.locate import open_checkpoint

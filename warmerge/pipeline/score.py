@@ -19,7 +19,8 @@ from warmerge.pipeline.scoring.judge import open_model
 from warmerge.rewards.bench import Measuring, cut_words
 from warmerge.rewards.layouts import BadRow, Layout, answer_to, recognise
 from warmerge.rewards.model import LoadOptions, load_reward_model
-from warmerge.rewards.pairs import Text, read_rows, refused_rows
+from warmerge.rewards.pairs import Text
+from warmerge.rewards.rows import read_rows, refused_rows
 from warmerge.rewards.scoring import Tokens, score
 
 # What the answer to a prompt is called where a row has one only.

@@ -14,7 +14,8 @@ import numpy
 
 from warmerge.errors import Finding, RefusedError, UsageError, plain, some
 from warmerge.rewards.layouts import BadRow, Row, Text, answer_to, canonical
-from warmerge.rewards.pairs import distinct, read_rows, refused_rows
+from warmerge.rewards.pairs import distinct
+from warmerge.rewards.rows import read_rows, refused_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -93,13 +94,13 @@ def read_pool(
     by itself), which sampled pools have.
 
     Args:
-        source: as for `pairs.read_rows`.
+        source: as for `rows.read_rows`.
         limit: a random sample of so many rows, the same for the same seed, in their order.
         skip_bad_rows: leave out and count the rows that do not fit, where they would be refused.
         min_candidates: leave out and count the rows that have fewer.
 
     Raises:
-        UsageError, RemoteError: as `pairs.read_rows`; a limit or minimum below 1.
+        UsageError, RemoteError: as `rows.read_rows`; a limit or minimum below 1.
         RefusedError: bad rows (all are looked at, ten are named): no candidate, a gold that is NaN or missing in some
             rows, or of another length, conversations that share no prompt; no row at all.
     """

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from warmerge.errors import Finding, RefusedError, naming, plain, some
-from warmerge.rewards.model import own_weights, transformers_config
+from warmerge.rewards.config import transformers_config
+from warmerge.rewards.model import own_weights
 from warmerge.rewards.tokenizer import quiet
 from warmerge.weights.checkpoint import Checkpoint
 from warmerge.weights.folder import LocalFolder, read_bytes

@@ -312,7 +312,7 @@ def _for_members(asked: Asked, measuring: Measuring) -> dict[str, Any]:
 
 
 def _absolute(spec: str) -> str:
-    from warmerge.rewards.pairs import parse_named
+    from warmerge.rewards.rows import parse_named
 
     name, source = parse_named(spec)
     return f"{name}={Path(source).absolute() if Path(source).exists() else source}"

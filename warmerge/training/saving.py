@@ -22,6 +22,7 @@ from warmerge.rewards.tokenizer import quiet
 from warmerge.training.ranks import part_of, whole
 from warmerge.weights.adapter import BASE
 from warmerge.weights.checkpoint import ADAPTER_WEIGHTS, INDEX, SINGLE
+from warmerge.weights.folder import TEMPLATES
 from warmerge.weights.kernels import TORCH_DTYPE, memory
 from warmerge.weights.locate import open_checkpoint
 from warmerge.weights.output import MANIFEST, sync
@@ -31,7 +32,6 @@ from warmerge.weights.samples import read_sample
 _CHECKPOINT, _STATE = "checkpoint-", "state.safetensors"
 # The file that makes a folder a model: renamed last.
 _LAST = (SINGLE, INDEX, ADAPTER_WEIGHTS)
-_TEMPLATES = "additional_chat_templates"
 _DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
@@ -236,8 +236,8 @@ def _copy_small_files(init: Path, partial: Path, dtype: torch.dtype, adapter: bo
         whole_models_own = file.name == "config.json" or file.suffix == ".py"
         if file.is_file() and not weights and not file.name.startswith(".") and not (adapter and whole_models_own):
             (partial / file.name).write_bytes(file.read_bytes())
-    if (init / _TEMPLATES).is_dir():
-        shutil.copytree(init / _TEMPLATES, partial / _TEMPLATES)
+    if (init / TEMPLATES).is_dir():
+        shutil.copytree(init / TEMPLATES, partial / TEMPLATES)
     if adapter:
         return
     config, name = json.loads((partial / "config.json").read_bytes()), str(dtype).removeprefix("torch.")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from warmerge.errors import Finding, WarmergeError, plain
 from warmerge.rewards.layouts import Comparison, Text
-from warmerge.rewards.pairs import parse_named, read_preferences
+from warmerge.rewards.pairs import read_preferences
 from warmerge.rewards.pools import said
+from warmerge.rewards.rows import parse_named
 from warmerge.training.record import MEMBERS, TRAIN
 from warmerge.weights.foreign_json import parse, text_of
 from warmerge.weights.output import made_of

@@ -17,14 +17,8 @@ from typing import Any
 import torch
 
 from warmerge.errors import Finding, RefusedError, UsageError, naming, quoted, some
-from warmerge.rewards.model import (
-    DTYPES,
-    LoadOptions,
-    head_layers,
-    is_causal,
-    load_reward_model,
-    transformers_config,
-)
+from warmerge.rewards.config import transformers_config
+from warmerge.rewards.model import DTYPES, LoadOptions, head_layers, is_causal, load_reward_model
 from warmerge.rewards.tokenizer import open_tokenizer, quiet
 from warmerge.version import versions
 from warmerge.weights import small_files

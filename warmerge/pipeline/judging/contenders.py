@@ -15,8 +15,8 @@ from warmerge.pipeline.sampling import Prompts, Sampling, sample_pool
 from warmerge.pipeline.sampling.policy import open_for_sampling, open_policy
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.layouts import Text
-from warmerge.rewards.pairs import parse_named, read_rows
 from warmerge.rewards.pools import read_pool, said
+from warmerge.rewards.rows import parse_named, read_rows
 from warmerge.weights.foreign_json import parse, text_of
 
 ANSWERS = "answers"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from warmerge.errors import Finding, RefusedError
 from warmerge.report.card import ANSWER, PROMPT, Example, scoring_lines
-from warmerge.rewards.model import LoadOptions, is_causal, load_reward_model, transformers_config
+from warmerge.rewards.config import transformers_config
+from warmerge.rewards.model import LoadOptions, is_causal, load_reward_model
 from warmerge.rewards.render import Renderer
 from warmerge.rewards.scoring import Tokens, score
 from warmerge.rewards.tokenizer import open_renderer, quiet

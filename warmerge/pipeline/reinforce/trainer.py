@@ -22,7 +22,8 @@ from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, pl
 from warmerge.pipeline.reinforce.reward import Rewards
 from warmerge.pipeline.reinforce.settings import RlSettings
 from warmerge.pipeline.sampling.policy import Drawn, OpenedPolicy, Questions
-from warmerge.rewards.model import own_weights, set_dropout
+from warmerge.rewards.config import set_dropout
+from warmerge.rewards.model import own_weights
 from warmerge.training.language_model import load_language_model
 from warmerge.training.trainable import lora_config
 from warmerge.weights.stream import refuse_changed

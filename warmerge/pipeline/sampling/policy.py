@@ -14,8 +14,9 @@ from warmerge.errors import Finding, RefusedError, UsageError, plain, some
 from warmerge.pipeline.found.rl_runs import RECORD
 from warmerge.pipeline.sampling.prompts import Prompts
 from warmerge.pipeline.sampling.settings import Sampling
+from warmerge.rewards.config import transformers_config
 from warmerge.rewards.layouts import Text, canonical
-from warmerge.rewards.model import DTYPES, transformers_config
+from warmerge.rewards.model import DTYPES
 from warmerge.rewards.render import plain_text
 from warmerge.rewards.tokenizer import open_tokenizer
 from warmerge.training.language_model import not_causal

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from warmerge.errors import Finding, RefusedError, UsageError, some
 from warmerge.rewards.layouts import BadRow, Row, Text, answer_to, canonical
-from warmerge.rewards.pairs import read_rows, refused_rows
 from warmerge.rewards.pools import said
+from warmerge.rewards.rows import read_rows, refused_rows
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0, skip_bad_
     """The `prompt` of every row, text or messages; other columns do not matter, so pairs and pools can be given too.
 
     Args:
-        source: as for `pairs.read_rows`: a file, a folder, or a data set on the Hub.
+        source: as for `rows.read_rows`: a file, a folder, or a data set on the Hub.
         limit: a random sample of so many prompts, the same for the same seed; the order is kept.
         skip_bad_rows: leave out and count the rows that do not fit, where they would be refused.
 
     Raises:
-        UsageError, RemoteError: as `pairs.read_rows`; a limit below 1.
+        UsageError, RemoteError: as `rows.read_rows`; a limit below 1.
         RefusedError: bad rows (all are looked at, ten are named), or no row at all.
     """
     if limit is not None and limit < 1:
