@@ -14,6 +14,7 @@ PACKAGE = Path(warmerge.__file__).parent
 # Each floor may import itself and what lies below it. Prefixes: `warmerge.weights` is the whole folder.
 FLOORS = {
     "warmerge.errors": 0,
+    "warmerge.locks": 0,
     "warmerge.version": 0,
     "warmerge.weights": 1,
     "warmerge.rewards": 2,

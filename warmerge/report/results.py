@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
 import io
 import json
 import math
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import UsageError, WarmergeError, naming, plain
+from warmerge.locks import take_lock
 from warmerge.report.best_of_n import best_of_n_figure
 from warmerge.report.figures import eval_figure, lmc_figure, vs_m_figure
 from warmerge.report.learning import learning_figure
@@ -110,8 +109,9 @@ def only_writer(path: Path) -> Iterator[None]:
     name, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + _LOCK_SECONDS
     while True:
         # Not through a link, which may lead elsewhere.
-        with os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as lock:
-            if _locked(lock.fileno(), name):
+        with os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)) as file:
+            # Who had it has removed it, and a third command may have another one of this name.
+            if take_lock(file.fileno()) and name.exists() and os.path.samestat(os.stat(name), os.fstat(file.fileno())):
                 try:
                     yield
                 finally:
@@ -121,15 +121,6 @@ def only_writer(path: Path) -> Iterator[None]:
             what = f"another command has been writing {plain(str(path))} for {_LOCK_SECONDS:.0f} seconds"
             raise WarmergeError(f"{what}; wait for it, and give the same command again, or choose another -o")
         time.sleep(_POLL_SECONDS)
-
-
-def _locked(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # file systems without locks are taken as they are
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    # Who had it has removed it, and a third command may have another one of this name.
-    return path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor))
 
 
 def _write_results(folder: Path, kind: str, content: Mapping[str, Any], overwrite: bool) -> list[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, naming, plain
+from warmerge.locks import take_lock
 from warmerge.rewards.bench import Measuring
 from warmerge.rewards.pairs import PreferenceSet
 from warmerge.training.recipe import Member, read_member
@@ -97,13 +96,10 @@ def only_preparation(out: Path) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     # The file stays: to remove it would let another process lock another file of that name.
-    with (out / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # file systems without locks are taken as they are
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                what = f"another process is preparing a run in {plain(str(out))} at this moment"
-                raise WarmergeError(f"{what}; wait for it, or choose another folder for -o") from None
+    with (out / LOCK).open("a") as file:
+        if not take_lock(file.fileno()):
+            what = f"another process is preparing a run in {plain(str(out))} at this moment"
+            raise WarmergeError(f"{what}; wait for it, or choose another folder for -o")
         yield
 
 

@@ -6,8 +6,6 @@ the disk; only when all is there do the shards get their names, the index last, 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from warmerge.errors import UsageError, WarmergeError, naming
+from warmerge.locks import take_lock
 from warmerge.weights import foreign_json
 from warmerge.weights.checkpoint import INDEX, parse_json
 from warmerge.weights.kernels import memory
@@ -222,19 +221,14 @@ def _old(out: Path) -> Path:
 
 
 def _lock(out: Path, partial: Path) -> int:
-    """A descriptor that holds the only lock on `partial`. File systems without locks are taken as they are."""
-    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError as error:
-        held = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    """A descriptor that holds the only lock on `partial`."""
+    descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     path = partial / _LOCK
     # Another merge may have renamed the folder to OUT since this file was opened.
-    if not held or not path.exists() or path.stat().st_ino != os.fstat(lock).st_ino:
-        os.close(lock)
+    if not take_lock(descriptor) or not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+        os.close(descriptor)
         raise WarmergeError(f"another merge is writing {out} at this moment; wait for it or choose another -o")
-    return lock
+    return descriptor
 
 
 def _finished(out: Path, partial: Path, plan: MergePlan, fingerprint: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import signal
@@ -21,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from warmerge.errors import Finding, Interrupted, RefusedError, WarmergeError
+from warmerge.locks import take_lock
 
 LOG, _LOCK = "log.txt", ".lock"
 POLL_SECONDS = 0.2
@@ -148,15 +147,9 @@ def _reason(error: BaseException, log: Path) -> str:
 def only_worker(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
     """Holds the lock on the folder. An orphan of a killed run may have it until its step and checkpoint are done."""
     # The file stays: to remove it would let a third process lock another file of that name.
-    with (folder / _LOCK).open("a") as lock:
+    with (folder / _LOCK).open("a") as file:
         deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break  # file systems without locks are taken as they are
+        while not take_lock(file.fileno()):
             if stop():
                 raise Interrupted("stopped while another process was working in its folder")
             if time.monotonic() > deadline:

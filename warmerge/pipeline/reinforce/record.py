@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import shutil
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import UsageError, WarmergeError, plain
+from warmerge.locks import take_lock
 from warmerge.pipeline.found.rl_runs import RECORD
 from warmerge.pipeline.scoring.judge import Judge
 from warmerge.pipeline.scoring.mixtures import digests_of_small_files
@@ -36,13 +35,10 @@ def only_run(out: Path) -> Iterator[None]:
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     # The file stays: to remove it would let another process lock another file of that name.
-    with (out / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # file systems without locks are taken as they are
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                what = f"another process is writing {plain(str(out))} at this moment"
-                raise WarmergeError(f"{what}; wait for it or choose another -o") from None
+    with (out / LOCK).open("a") as file:
+        if not take_lock(file.fileno()):
+            what = f"another process is writing {plain(str(out))} at this moment"
+            raise WarmergeError(f"{what}; wait for it or choose another -o")
         try:
             yield
         finally:

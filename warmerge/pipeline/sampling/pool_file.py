@@ -6,8 +6,6 @@ POOL.sampling.json   what was asked, versions, seconds; "totals" once the pool i
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from warmerge.errors import UsageError, WarmergeError, plain, quoted
+from warmerge.locks import take_lock
 from warmerge.pipeline.sampling.policy import Answer
 from warmerge.rewards.layouts import Text, canonical
 from warmerge.training.record import write_json
@@ -101,12 +100,9 @@ def opened(out: Path, anew: bool) -> Iterator[int]:
     out.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # file systems without locks are taken as they are
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                what = f"another run is writing {plain(str(out))} at this moment"
-                raise WarmergeError(f"{what}; wait for it or choose another -o") from None
+        if not take_lock(descriptor):
+            what = f"another run is writing {plain(str(out))} at this moment"
+            raise WarmergeError(f"{what}; wait for it or choose another -o")
         if anew:
             os.ftruncate(descriptor, 0)
         yield descriptor
