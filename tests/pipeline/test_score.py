@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +260,7 @@ def test_an_output_that_came_meanwhile_is_left_as_it_is(world: World, tmp_path: 
     out, data = tmp_path / "out.jsonl", write_rows(tmp_path / "in.jsonl", [{"text": "a"}])
     with pytest.raises(WarmergeError) as caught:
         score_file(world.a, data, out, on_work=lambda _: out.write_text("another command's"))
-    ours = tmp_path / f".out.jsonl.{os.getpid()}.partial"
+    ours = tmp_path / ".out.jsonl.partial"
     what = f"-o {out} was written by another command meanwhile, and is left as it is"
     assert str(caught.value) == f"{what}; what was scored here is in {ours}: give it another name"
     assert out.read_text() == "another command's"

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from warmerge.errors import Finding, RefusedError, UsageError, WarmergeError, na
 from warmerge.pipeline.prepare import Spec
 from warmerge.pipeline.scoring import Asked, check_scoring, remove_units, score_all, unit_folder
 from warmerge.pipeline.scoring.judge import open_model
+from warmerge.report.results import only_writer
 from warmerge.rewards.bench import Measuring, cut_words
 from warmerge.rewards.layouts import BadRow, Layout, answer_to, recognise
 from warmerge.rewards.model import LoadOptions, load_reward_model
@@ -109,13 +109,13 @@ def score_file(
     rows, skipped = _read(data, column, skip_bad_rows)
     texts = [text for _, columns in rows for entry in columns for text in entry.texts]
     asked, units = [Asked(open_model(checkpoint, base), (texts,))], unit_folder(target)
-    with _new_file(target, overwrite) as partial:
-        on_work(len(texts))
-        (found,) = score_all(asked, measuring, engine=engine, address=address, store=units)
-        rewards = iter(found.rewards[0].tolist())
-        lines = "".join(_line(row, columns, rewards) for row, columns in rows).encode()
-        with naming(target):
-            partial.write_bytes(gzip.compress(lines, mtime=0) if target.suffix == ".gz" else lines)
+    with only_writer(target):
+        _partial(target).unlink()  # that it cannot be written is not to be found out after hours
+    on_work(len(texts))
+    (found,) = score_all(asked, measuring, engine=engine, address=address, store=units)
+    rewards = iter(found.rewards[0].tolist())
+    lines = "".join(_line(row, columns, rewards) for row, columns in rows).encode()
+    _write(target, gzip.compress(lines, mtime=0) if target.suffix == ".gz" else lines, overwrite)
     remove_units(asked, measuring, units)
     return ScoredFile(target, len(rows), len(texts), *found.cuts[0], skipped, found.doubts)
 
@@ -233,24 +233,28 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
-@contextmanager
-def _new_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A file that is to be written and becomes `path` then. It is made at once: that it cannot be is not to be found
-    out after hours of scoring.
+def _write(path: Path, data: bytes, overwrite: bool) -> None:
+    """Writes a file that is there whole or not at all.
 
     Raises:
-        WarmergeError: `path` is there by then, and not `overwrite`.
+        WarmergeError: `path` is there by now, and not `overwrite`.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere, or what a run that was killed left
-        partial.touch(exist_ok=False)
-        yield partial
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    if path.exists() and not overwrite:
-        what = f"-o {plain(str(path))} was written by another command meanwhile, and is left as it is"
-        raise WarmergeError(f"{what}; what was scored here is in {plain(str(partial))}: give it another name")
-    os.replace(partial, path)
+    with only_writer(path), naming(path):
+        partial = _partial(path)
+        try:
+            partial.write_bytes(data)
+        except BaseException:
+            partial.unlink()  # a full disk has no room for what nobody can use
+            raise
+        if path.exists() and not overwrite:
+            what = f"-o {plain(str(path))} was written by another command meanwhile, and is left as it is"
+            raise WarmergeError(f"{what}; what was scored here is in {plain(str(partial))}: give it another name")
+        os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    """An empty file of its own beside `path`: what was there may be a link, or what a killed command left."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch(exist_ok=False)
+    return partial
